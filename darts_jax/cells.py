@@ -1,0 +1,246 @@
+"""The relaxed convolutional cell as a pure function.
+
+A cell is a directed acyclic graph of states. States 0 and 1 are the outputs of the two cells
+before, state j > 1 is an intermediate node: the sum over its incoming edges i < j of the mixed
+operation sum_o weights[edge, o] * o(state i), equations (1) and (2) of DARTS (arXiv 1806.09055).
+The cell's output is the concatenation of its nodes.
+
+Parameters, running statistics and work are grouped by source state: the K edges that leave a state
+share their input, so each operation runs once for all of them.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from darts_jax import genotype
+from darts_jax.operations import EPSILON, Moments, Operation, moments, normalize, unbiased
+
+PyTree = Any
+Operations = Mapping[str, Operation]
+
+
+class Source(NamedTuple):
+    """What leaves one state: its edges' rows in alpha, their destinations, and their stride."""
+
+    edges: tuple[int, ...]
+    destinations: tuple[int, ...]
+    stride: int
+
+
+def sources(num_edges: int, reduction: bool) -> tuple[Source, ...]:
+    """The states of a cell that edges leave, in order.
+
+    Args:
+      num_edges: rows of alpha: 2 for one node, 5 for two, 9, 14, ...
+      reduction: whether the edges that leave the two inputs have stride 2.
+    """
+    num_nodes = genotype.count_nodes(num_edges)
+    table = genotype.edges(num_nodes)
+    groups = []
+    for state in range(num_nodes + 1):
+        rows = tuple(e for e, (source, _) in enumerate(table) if source == state)
+        destinations = tuple(table[e][1] for e in rows)
+        groups.append(Source(rows, destinations, 2 if reduction and state < 2 else 1))
+    return tuple(groups)
+
+
+def shapes(channels: int, num_edges: int, reduction: bool, operations: Operations) -> PyTree:
+    """Shapes of a cell's parameters: operation -> parameter -> (edges, ...).
+
+    The edges are ordered by source, then by destination, unlike in alpha: so the edges that leave
+    a state are neighbours. A parameter that only edges of one stride have is stacked over those.
+    """
+    tree: dict[str, dict[str, tuple[int, ...]]] = {}
+    for source in sources(num_edges, reduction):
+        for name, operation in operations.items():
+            for leaf, shape in operation.shapes(channels, source.stride).items():
+                leaves = tree.setdefault(name, {})
+                (count, *_) = leaves.get(leaf, (0,))
+                leaves[leaf] = (count + len(source.edges), *shape)
+    return tree
+
+
+def norms(operations: Operations, stride: int) -> tuple[tuple[str, str], ...]:
+    """The batch norms of one edge, (operation, name): those inside, then each operation's last."""
+    inner = [(name, norm) for name, op in operations.items() for norm in op.inner]
+    return *inner, *((name, "norm") for name, op in operations.items() if op.normalized(stride))
+
+
+def running_statistics(
+    channels: int, num_edges: int, reduction: bool, operations: Operations
+) -> Moments:
+    """Initial running statistics of a cell: mean 0 and variance 1.
+
+    Returns:
+      Moments of [norms, C], one row for each source, batch norm of `norms` and edge, in this
+      order.
+    """
+    rows = sum(
+        len(norms(operations, source.stride)) * len(source.edges)
+        for source in sources(num_edges, reduction)
+    )
+    return Moments(jnp.zeros((rows, channels)), jnp.ones((rows, channels)))
+
+
+def relaxed(
+    params: PyTree,
+    running: Moments | None,
+    inputs: tuple[Array, Array],
+    weights: Array,
+    *,
+    reduction: bool,
+    operations: Operations,
+    columns: Mapping[str, int],
+) -> tuple[Array, Moments | None]:
+    """Output of a relaxed cell, and the statistics of the batch.
+
+    Args:
+      params: as in `shapes`.
+      running: as in `running_statistics`, to normalise by. If None, normalise by the batch.
+      inputs: states 0 and 1, each [N, H, W, C].
+      weights: mixing weights [edges, candidates], rows ordered by destination, then by source.
+      reduction: whether the cell halves height and width.
+      operations: the candidates by name.
+      columns: each candidate's column in weights.
+
+    Returns:
+      [N, H', W', nodes * C], and, if running is None, the batch's unbiased moments like it.
+    """
+    groups = sources(weights.shape[0], reduction)
+    kernels = {name: operations[name].prepare(leaves) for name, leaves in params.items()}
+    parts = _split_by_source(kernels, groups)
+    running_parts = iter(() if running is None else _split_rows(running, operations, groups))
+    order = np.array([edge for source in groups for edge in source.edges])
+    by_source = weights[order[:, None], np.array([columns[name] for name in operations])]
+    rows = lax.split(by_source, [len(source.edges) for source in groups], axis=0)
+    states, nodes = list(inputs), {}
+    gathered: list[Moments] = []
+    for i, (source, source_weights, part) in enumerate(zip(groups, rows, parts, strict=True)):
+        if i >= 2:
+            states.append(nodes[i][..., 0, :])
+        mixed, batch = mixed_operation(
+            part,
+            None if running is None else next(running_parts),
+            states[i],
+            source_weights,
+            stride=source.stride,
+            operations=operations,
+        )
+        gathered += batch
+        # Split rather than slice: its gradient is one concatenation, not a sum of padded slices.
+        arrivals = lax.split(mixed, [1] * len(source.edges), axis=3)
+        for node, arriving in zip(source.destinations, arrivals, strict=True):
+            nodes[node] = nodes[node] + arriving if node in nodes else arriving
+    output = lax.concatenate([nodes[j] for j in sorted(nodes)], 4)[..., 0, :]
+    if running is not None:
+        return output, None
+    return output, jax.tree.map(lambda *rows: lax.concatenate(rows, 0), *gathered)
+
+
+def _split_by_source(kernels: PyTree, groups: tuple[Source, ...]) -> list[PyTree]:
+    """The kernels of each source's edges, by operation: a list over sources."""
+    parts: list[dict[str, dict[str, Array]]] = [{} for _ in groups]
+    total = sum(len(source.edges) for source in groups)
+    for name, leaves in kernels.items():
+        for leaf, stack in leaves.items():
+            # A shorter stack is of the strided edges alone, which leave the first sources.
+            ends = list(itertools.accumulate(len(source.edges) for source in groups))
+            held = len(groups) if stack.shape[0] == total else ends.index(stack.shape[0]) + 1
+            sizes = [len(source.edges) for source in groups[:held]]
+            for part, piece in zip(parts, lax.split(stack, sizes), strict=False):
+                part.setdefault(name, {})[leaf] = piece
+    return parts
+
+
+def _split_rows(
+    running: Moments, operations: Operations, groups: tuple[Source, ...]
+) -> list[dict[tuple[str, str], Moments]]:
+    """Running statistics [K, C] of each source's batch norms: a list over sources."""
+    keys = [(i, key) for i, group in enumerate(groups) for key in norms(operations, group.stride)]
+    sizes = [len(groups[i].edges) for i, _ in keys]
+    pieces = zip(*(lax.split(moment, sizes) for moment in running), strict=True)
+    parts: list[dict[tuple[str, str], Moments]] = [{} for _ in groups]
+    for (i, key), piece in zip(keys, pieces, strict=True):
+        parts[i][key] = Moments(*piece)
+    return parts
+
+
+def mixed_operation(
+    kernels: PyTree,
+    running: Mapping[tuple[str, str], Moments] | None,
+    x: Array,
+    weights: Array,
+    *,
+    stride: int,
+    operations: Operations,
+) -> tuple[Array, list[Moments]]:
+    """Equation (2) on the K edges that leave one state: sum_o weights[:, o] * o(x).
+
+    The last batch norm of each operation has neither scale nor shift, so it is folded into the
+    weight: w (y - mean) / std = (w / std) y - (w / std) mean. The sum is then one pass over the
+    operations' raw outputs, and no normalised copy of them is kept for the gradient.
+
+    Args:
+      kernels: operation -> kernel -> [K, ...], prepared.
+      running: (operation, norm) -> moments [K, C] to normalise by; None for the batch's.
+      x: [N, H, W, C].
+      weights: [K, operations].
+      stride: of these edges.
+      operations: the candidates by name, in the order of the columns of weights.
+
+    Returns:
+      [N, H', W', K, C], and the unbiased moments [K, C] of each batch norm in the order of
+      `norms`, if running is None.
+    """
+    shape = (weights.shape[0], x.shape[-1])
+    inner_moments: list[Moments] = []
+
+    def record(batch: Moments, count: int) -> Moments:
+        inner_moments.append(unbiased(batch, count))
+        return batch
+
+    outputs, mix, unnormalized = {}, [], 0
+    columns = lax.split(weights, [1] * len(operations), axis=1)
+    for (name, operation), column in zip(operations.items(), columns, strict=True):
+
+        def norm(inner: str, y: Array, name: str = name) -> Array:
+            if running is not None:
+                return normalize(y, running[name, inner])
+            return normalize(y, record(moments(y), math.prod(y.shape[:3])))
+
+        y = operation.apply(kernels.get(name, {}), x, stride, norm)
+        if operation.normalized(stride):
+            outputs[name] = y
+            mix.append(column)
+        else:
+            unnormalized = unnormalized + y * column
+
+    # The statistics of all operations side by side: a few array operations, not a few for each.
+    def stack(values):
+        return jnp.stack([jnp.broadcast_to(value, shape) for value in values])
+
+    if running is None:
+        statistics = [moments(y) for y in outputs.values()]
+    else:
+        statistics = [running[name, "norm"] for name in outputs]
+    mean, var = (stack(part) for part in zip(*statistics, strict=True))
+    scale = jnp.stack(mix) * lax.rsqrt(var + EPSILON)
+    total = sum(y * s for y, s in zip(outputs.values(), _unstack(scale), strict=True))
+    total = total - (scale * mean).sum(0) + unnormalized
+    if running is not None:
+        return total, []
+    count = math.prod(total.shape[:3])
+    last = unbiased(Moments(mean, var), count)
+    return total, [*inner_moments, jax.tree.map(lambda m: m.reshape(-1, shape[1]), last)]
+
+
+def _unstack(x: Array) -> list[Array]:
+    """The slices of the first axis. Split: the gradient is a concatenation, not a sum of pads."""
+    return [part.reshape(part.shape[1:]) for part in lax.split(x, [1] * x.shape[0], axis=0)]

@@ -1,0 +1,223 @@
+"""The supernet that a convolutional search trains, as a Flax module.
+
+Modules hold parameters and running statistics; the arithmetic is in `operations` and `cells`. A
+network takes mixing weights, not alpha, so that a relaxation is chosen outside of it.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import FrozenDict
+from jax import Array
+
+from darts_jax import cells
+from darts_jax.convolution import conv
+from darts_jax.genotype import CNN_PRIMITIVES, count_nodes
+from darts_jax.operations import (
+    OPERATIONS,
+    Moments,
+    Operation,
+    factorized_reduce,
+    moments,
+    normalize,
+    relu,
+    unbiased,
+    update_running,
+)
+
+PyTree = Any
+STEM_MULTIPLIER = 3
+
+
+def uniform_fan_in(key: Array, shapes: PyTree, num_batch_axes: int = 0) -> PyTree:
+    """Arrays of the given shapes, uniform in +-1 / sqrt(fan_in), PyTorch's default.
+
+    The fan-in is the product of all axes between the batch axes and the last one, which holds for
+    dense [k, k, C, D], depthwise [k, k, C] and pointwise [C, D] kernels alike.
+    """
+    leaves, treedef = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    ends = list(itertools.accumulate(math.prod(shape) for shape in leaves))
+    draw = jax.random.uniform(key, (ends[-1],), minval=-1, maxval=1)
+    # One draw for all leaves, cut by NumPy: an eager draw or slice a leaf takes seconds to compile.
+    split = jnp.split if isinstance(draw, jax.core.Tracer) else np.split
+    parts = split(np.asarray(draw) if split is np.split else draw, ends[:-1])
+
+    def scale(part, shape):
+        bound = 1 / math.sqrt(math.prod(shape[num_batch_axes:-1]))
+        return jnp.asarray(part.reshape(shape) * bound)
+
+    return jax.tree.unflatten(treedef, map(scale, parts, leaves))
+
+
+class Norm(nn.Module):
+    """Batch norm over batch and space, with running statistics and, if affine, scale and shift."""
+
+    affine: bool = False
+
+    @nn.compact
+    def __call__(self, y: Array, train: bool) -> Array:
+        """Normalise y [N, H, W, C], by the batch if `train`."""
+        channels = y.shape[-1]
+        stats = self.variable(
+            "batch_stats", "moments", lambda: Moments(jnp.zeros(channels), jnp.ones(channels))
+        )
+        if train:
+            batch = moments(y)
+            if not self.is_initializing():
+                stats.value = update_running(stats.value, unbiased(batch, math.prod(y.shape[:3])))
+        else:
+            batch = stats.value
+        y = normalize(y, batch)
+        if self.affine:
+            y = y * self.param("scale", nn.initializers.ones, (channels,))
+            y = y + self.param("bias", nn.initializers.zeros, (channels,))
+        return y
+
+
+class ReluConvNorm(nn.Module):
+    """ReLU, 1x1 convolution, batch norm: brings a cell's input to its number of channels."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """[N, H, W, C] -> [N, H, W, channels]."""
+        kernel = self.param("kernel", uniform_fan_in, (x.shape[-1], self.channels))
+        return Norm()(relu(x) @ kernel, train)
+
+
+class FactorizedReduce(nn.Module):
+    """As `ReluConvNorm`, at half the height and width."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """[N, H, W, C] -> [N, H / 2, W / 2, channels]."""
+        half, inputs = self.channels // 2, x.shape[-1]
+        conv_1 = self.param("conv_1", uniform_fan_in, (inputs, half))
+        conv_2 = self.param("conv_2", uniform_fan_in, (inputs, self.channels - half))
+        return Norm()(factorized_reduce(x, conv_1[None], conv_2[None])[..., 0, :], train)
+
+
+class RelaxedCell(nn.Module):
+    """A relaxed cell with the preprocessing of its two inputs.
+
+    Attributes:
+      channels: of each node.
+      reduction: whether the cell halves height and width.
+      reduction_before: whether the cell before did, so that the older input is twice as large.
+      operations: candidates by name.
+      primitives: the columns of the mixing weights.
+    """
+
+    channels: int
+    reduction: bool
+    reduction_before: bool
+    operations: FrozenDict[str, Operation]
+    primitives: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, older: Array, newer: Array, weights: Array, train: bool) -> Array:
+        """Inputs [N, H, W, C], weights [edges, candidates] -> [N, H', W', nodes * channels]."""
+        older_module = FactorizedReduce if self.reduction_before else ReluConvNorm
+        older = older_module(self.channels, name="preprocess_0")(older, train)
+        newer = ReluConvNorm(self.channels, name="preprocess_1")(newer, train)
+        layout = (self.channels, weights.shape[0], self.reduction, self.operations)
+        params = self.param("edges", uniform_fan_in, cells.shapes(*layout), 1)
+        stats = self.variable("batch_stats", "edges", cells.running_statistics, *layout)
+        if self.is_initializing():  # eagerly, the cell would take a minute to compile
+            stride = 2 if self.reduction else 1
+            count, height, width, _ = newer.shape
+            nodes = count_nodes(weights.shape[0])
+            return jnp.zeros((count, height // stride, width // stride, nodes * self.channels))
+        output, batch = cells.relaxed(
+            params,
+            None if train else stats.value,
+            (older, newer),
+            weights,
+            reduction=self.reduction,
+            operations=self.operations,
+            columns={name: self.primitives.index(name) for name in self.operations},
+        )
+        if train:
+            stats.value = update_running(stats.value, batch)
+        return output
+
+
+class Supernet(nn.Module):
+    """The relaxed network of the search on CIFAR-like images.
+
+    A stem of 3 * channels, then cells that share two pairs of mixing weights. The cells at a third
+    and at two thirds of the depth are reduction cells: they halve height and width and double the
+    channels.
+
+    Attributes:
+      channels: of each node in the first cell.
+      layers: number of cells, at least 3.
+      num_classes: of the linear classifier.
+      operations: candidates by name.
+      primitives: the columns of the mixing weights: "none" and the keys of operations.
+    """
+
+    channels: int
+    layers: int
+    num_classes: int
+    operations: FrozenDict[str, Operation] = OPERATIONS
+    primitives: tuple[str, ...] = CNN_PRIMITIVES
+
+    def reductions(self) -> tuple[int, int]:
+        """Positions of the reduction cells."""
+        return self.layers // 3, 2 * self.layers // 3
+
+    @nn.compact
+    def __call__(self, x: Array, weights: Mapping[str, Array], train: bool) -> Array:
+        """Logits of a batch.
+
+        Args:
+          x: images [N, H, W, channels], H and W divisible by 4.
+          weights: "normal" and "reduce", each [edges, candidates]: the mixing weights.
+          train: normalise by the batch, and update the running statistics.
+
+        Returns:
+          [N, num_classes].
+
+        Raises:
+          ValueError: for fewer than 3 layers, or an image size that does not halve twice.
+        """
+        self._check(x.shape)
+        channels = self.channels
+        stem = self.param("stem", uniform_fan_in, (3, 3, x.shape[-1], STEM_MULTIPLIER * channels))
+        older = newer = Norm(affine=True, name="stem_norm")(conv(x, stem, padding=1), train)
+        before = False
+        for i in range(self.layers):
+            reduction = i in self.reductions()
+            channels *= 2 if reduction else 1
+            cell = RelaxedCell(
+                channels, reduction, before, self.operations, self.primitives, name=f"cell_{i}"
+            )
+            mix = weights["reduce" if reduction else "normal"]
+            older, newer = newer, cell(older, newer, mix, train)
+            before = reduction
+        features = newer.mean((1, 2))
+        kernel = self.param("head_kernel", uniform_fan_in, (features.shape[-1], self.num_classes))
+        bias = self.param("head_bias", nn.initializers.zeros, (self.num_classes,))
+        return features @ kernel + bias
+
+    def _check(self, image_shape: tuple[int, ...]) -> None:
+        if self.layers < 3:
+            raise ValueError(
+                f"a network needs at least 3 layers, to hold 2 reduction cells; got {self.layers}"
+            )
+        height, width = image_shape[1:3]
+        if height % 4 or width % 4:
+            raise ValueError(
+                f"images of {height}x{width} do not halve twice: "
+                "crop or pad height and width to a multiple of 4"
+            )

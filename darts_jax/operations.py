@@ -1,0 +1,227 @@
+"""Candidate operations as pure functions over edge-stacked parameters, and their table.
+
+All edges that leave one state of a cell see the same input, so an operation is applied once per
+state: it takes the state and the parameters of its K outgoing edges, stacked along a leading axis,
+and returns the K outputs. Few large array operations compile and run faster than many small ones.
+
+A depthwise convolution followed by a pointwise one is one dense convolution whose kernel is their
+product. Composing the kernels costs little, is done for all edges of a cell at once, and lets the K
+edges of a state run as a single convolution.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import FrozenDict
+from jax import Array, lax
+
+from darts_jax.convolution import conv, depthwise
+
+EPSILON = 1e-5  # of batch norm
+MOMENTUM = 0.9  # of running statistics, Flax's convention: PyTorch calls it 0.1
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Moments(NamedTuple):
+    """Mean and variance of each channel: of a batch (biased), or running."""
+
+    mean: Array
+    var: Array
+
+
+class Operation(NamedTuple):
+    """A candidate operation.
+
+    Attributes:
+      apply: `apply(kernels, x, stride, norm) -> y`, with kernels a dict of arrays [K, ...], x of
+        shape [N, H, W, C], and y [N, H / stride, W / stride, K, C], before its last batch norm. An
+        operation without parameters is the same on every edge: it may return 1 in place of K.
+        `norm(name, y)` is for batch norm inside: it normalises y [N, H, W, K, C].
+      shapes: `shapes(channels, stride)`, shapes of the parameters of one edge, by name.
+      prepare: `prepare(params) -> kernels`, from the parameters of all edges of a cell, [edges,
+        ...] each, to what `apply` needs of them, [edges, ...] again.
+      inner: names that `apply` passes to `norm`.
+      normalized: `normalized(stride)`, whether a batch norm follows in the relaxed cell.
+    """
+
+    apply: Callable[[Mapping[str, Array], Array, int, Callable[[str, Array], Array]], Array]
+    shapes: Callable[[int, int], Shapes] = lambda channels, stride: {}
+    prepare: Callable[[Mapping[str, Array]], Mapping[str, Array]] = lambda params: params
+    inner: tuple[str, ...] = ()
+    normalized: Callable[[int], bool] = lambda stride: True
+
+
+def moments(y: Array) -> Moments:
+    """Mean and biased variance over batch and space of y [N, H, W, ...]."""
+    mean = y.mean((0, 1, 2))
+    return Moments(mean, lax.square(y - mean).mean((0, 1, 2)))
+
+
+def normalize(y: Array, stats: Moments) -> Array:
+    """Batch norm without scale and shift: (y - mean) / sqrt(var + 1e-5)."""
+    return (y - stats.mean) * lax.rsqrt(stats.var + EPSILON)
+
+
+def unbiased(batch: Moments, count: int) -> Moments:
+    """Moments of `count` values, N * H * W, their variance made unbiased."""
+    return Moments(batch.mean, batch.var * (count / max(count - 1, 1)))
+
+
+def update_running(running: Moments, batch: Moments) -> Moments:
+    """Running statistics after a batch of unbiased moments, as the original keeps them."""
+    return jax.tree.map(lambda r, b: MOMENTUM * r + (1 - MOMENTUM) * b, running, batch)
+
+
+def relu(x: Array) -> Array:
+    """max(x, 0), with derivative 0 at 0, and NaN where x is."""
+    return jnp.where(x <= 0, jnp.zeros((), x.dtype), x)
+
+
+def compose(depthwise_kernel: Array, pointwise_kernel: Array) -> Array:
+    """The dense kernels equal to a depthwise, then a pointwise convolution.
+
+    Args:
+      depthwise_kernel: [edges, k, k, C].
+      pointwise_kernel: [edges, C, D].
+
+    Returns:
+      [edges, k, k, C, D].
+    """
+    return depthwise_kernel[..., None] * pointwise_kernel[:, None, None]
+
+
+def conv_edges(
+    x: Array, kernels: Array, stride: int = 1, padding: int = 0, dilation: int = 1
+) -> Array:
+    """One convolution of x [N, H, W, C] with K kernels [K, k, k, C, D]: [N, H', W', K, D]."""
+    num_edges, k, _, channels, _ = kernels.shape
+    dense = kernels.transpose(1, 2, 3, 0, 4).reshape(k, k, channels, -1)
+    y = conv(x, dense, stride, padding, dilation)
+    return y.reshape(*y.shape[:3], num_edges, -1)
+
+
+def block_diagonal(kernels: Array) -> Array:
+    """[K, C, D] matrices as one [K * C, K * D] matrix that applies each to its own channels."""
+    num, rows, columns = kernels.shape
+    identity = jnp.eye(num, dtype=kernels.dtype)
+    blocks = identity[:, None, :, None] * kernels[:, :, None, :]
+    return blocks.reshape(num * rows, num * columns)
+
+
+def first_max(a: Array, b: Array) -> Array:
+    """max(a, b), whose gradient goes to a alone where they are equal."""
+    return jnp.where(a >= b, a, b)
+
+
+def _max_pool(params, x, stride, norm):
+    # Shifted slices, since the gradient of `lax.reduce_window` is 50 times slower on CPU. Rows of a
+    # window first, then columns: ties go to the first of its pixels in row-major order.
+    side = (1, 1, 0)
+    y = lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), ((0, 0, 0), side, side, (0, 0, 0)))
+    for axis in (2, 1):
+        stop = x.shape[axis] - stride + 1
+        parts = [lax.slice_in_dim(y, i, i + stop, stride, axis) for i in range(3)]
+        y = first_max(first_max(parts[0], parts[1]), parts[2])
+    return y[..., None, :]
+
+
+def _avg_pool(params, x, stride, norm):
+    def inside(size):  # how many of a window's three rows (or columns) lie in the image
+        ends = np.arange(0, size, stride)
+        return np.minimum(ends + 2, size) - np.maximum(ends - 1, 0)
+
+    count = np.outer(inside(x.shape[1]), inside(x.shape[2]))[:, :, None]
+    sums = depthwise(x, jnp.ones((3, 3, x.shape[3]), x.dtype))[:, ::stride, ::stride]
+    return (sums * jnp.asarray(1 / count, x.dtype))[..., None, :]
+
+
+def _skip_connect(params, x, stride, norm):
+    if stride == 1:
+        return x[..., None, :]
+    return factorized_reduce(x, params["conv_1"], params["conv_2"])
+
+
+def factorized_reduce(x: Array, conv_1: Array, conv_2: Array) -> Array:
+    """ReLU, then half the channels from the even pixels of x and half from the odd ones.
+
+    Args:
+      x: [N, H, W, C], H and W even.
+      conv_1: [K, C, D // 2], for pixels (0, 0), (0, 2), ...
+      conv_2: [K, C, D - D // 2], for pixels (1, 1), (1, 3), ...
+
+    Returns:
+      [N, H / 2, W / 2, K, D].
+    """
+    x = relu(x)
+    even = jnp.einsum("nhwc,kcd->nhwkd", x[:, ::2, ::2], conv_1)
+    odd = jnp.einsum("nhwc,kcd->nhwkd", x[:, 1::2, 1::2], conv_2)
+    return lax.concatenate([even, odd], 4)
+
+
+def _skip_shapes(channels, stride):
+    if stride == 1:
+        return {}
+    half = channels // 2
+    return {"conv_1": (channels, half), "conv_2": (channels, channels - half)}
+
+
+def _sep_conv(kernel_size: int) -> Operation:
+    """ReLU, depthwise, pointwise, batch norm, twice; the stride is in the first half."""
+
+    def prepare(params):
+        return {
+            "first": compose(params["depthwise_1"], params["pointwise_1"]),
+            "taps": params["depthwise_2"],
+            "mix": params["pointwise_2"],
+        }
+
+    def apply(kernels, x, stride, norm):
+        y = conv_edges(relu(x), kernels["first"], stride, kernel_size // 2)
+        y = relu(norm("norm_1", y))
+        # Every edge now has an input of its own. A dense kernel over all K * C channels would be
+        # mostly zeros; shifted products are not, and the pointwise part is one matrix product.
+        taps = kernels["taps"].transpose(1, 2, 0, 3).reshape(kernel_size, kernel_size, -1)
+        flat = depthwise(y.reshape(*y.shape[:3], -1), taps) @ block_diagonal(kernels["mix"])
+        return flat.reshape(y.shape)
+
+    def shapes(channels, stride):
+        taps, mix = (kernel_size, kernel_size, channels), (channels, channels)
+        return {"depthwise_1": taps, "pointwise_1": mix, "depthwise_2": taps, "pointwise_2": mix}
+
+    return Operation(apply, shapes, prepare, inner=("norm_1",))
+
+
+def _dil_conv(kernel_size: int) -> Operation:
+    """ReLU, depthwise with dilation 2, pointwise."""
+
+    def prepare(params):
+        return {"dense": compose(params["depthwise"], params["pointwise"])}
+
+    def apply(kernels, x, stride, norm):
+        return conv_edges(relu(x), kernels["dense"], stride, kernel_size - 1, dilation=2)
+
+    def shapes(channels, stride):
+        taps = (kernel_size, kernel_size, channels)
+        return {"depthwise": taps, "pointwise": (channels, channels)}
+
+    return Operation(apply, shapes, prepare)
+
+
+# The paper's candidates besides "none", which is zero and takes its share of the softmax only.
+OPERATIONS: FrozenDict[str, Operation] = FrozenDict(
+    {
+        "max_pool_3x3": Operation(_max_pool),
+        "avg_pool_3x3": Operation(_avg_pool),
+        "skip_connect": Operation(
+            _skip_connect, _skip_shapes, normalized=lambda stride: stride != 1
+        ),
+        "sep_conv_3x3": _sep_conv(3),
+        "sep_conv_5x5": _sep_conv(5),
+        "dil_conv_3x3": _dil_conv(3),
+        "dil_conv_5x5": _dil_conv(5),
+    }
+)

@@ -1,0 +1,223 @@
+"""The search: a step of alpha by its hypergradient, then a step of the weights, as pure functions.
+
+`init` makes a state, `make_step` a function from a state and two batches to the next state and
+metrics. Everything that continues a search is in the state. The step is made of jitted stages: as
+it is, they are compiled apart, and a stage that is used three times is compiled once. It can also
+be jitted as a whole, donated, and mapped over seeds.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from darts_jax import genotype, relaxation
+from darts_jax.hypergradient import Bilevel, Estimator, value_and_grad
+
+PyTree = Any
+Relaxation = Callable[[PyTree], PyTree]
+
+NUM_NODES = 4  # intermediate nodes of a cell
+ALPHA_SCALE = 1e-3  # standard deviation of the initial alphas, the original's
+
+
+class Batch(NamedTuple):
+    """Images [B, H, W, C], floating point and normalised, and labels [B], integers."""
+
+    image: Array
+    label: Array
+
+
+class SearchState(NamedTuple):
+    """All that continues a search: `step` counts finished iterations, `key` is never consumed."""
+
+    step: Array
+    key: Array
+    w: PyTree
+    alpha: PyTree
+    batch_stats: PyTree
+    w_opt_state: optax.OptState
+    alpha_opt_state: optax.OptState
+
+
+class Metrics(NamedTuple):
+    """Scalars of one iteration.
+
+    The training loss and accuracy are those of the weight step, before the weights move, at the
+    new alpha. The validation ones are at the weights where the estimator evaluates them. Norms are
+    global, of the gradients before any clipping.
+    """
+
+    train_loss: Array
+    train_accuracy: Array
+    val_loss: Array
+    val_accuracy: Array
+    w_gradient_norm: Array
+    hypergradient_norm: Array
+
+
+class Aux(NamedTuple):
+    """What a loss returns beside its value: logits [B, classes], running statistics afterwards."""
+
+    logits: Array
+    batch_stats: PyTree
+
+
+class Inputs(NamedTuple):
+    """A batch for a loss: the statistics ride along, since batch norm in training ignores them."""
+
+    batch: Batch
+    batch_stats: PyTree
+
+
+def init(
+    key: Array,
+    network: nn.Module,
+    w_optimizer: optax.GradientTransformation,
+    alpha_optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+) -> SearchState:
+    """The state before the first iteration.
+
+    Call it outside of jit: compiling it would take longer than running it.
+
+    Args:
+      key: random key, from which all randomness of the search is derived.
+      network: a `networks.Supernet`.
+      w_optimizer: trains the weights.
+      alpha_optimizer: trains alpha.
+      image_shape: (height, width, channels) of one image.
+    """
+    w_key, alpha_key, state_key = jax.random.split(key, 3)
+    shape = (len(genotype.edges(NUM_NODES)), len(network.primitives))
+    keys = dict(zip(("normal", "reduce"), jax.random.split(alpha_key), strict=True))
+    alpha = {name: ALPHA_SCALE * jax.random.normal(k, shape) for name, k in keys.items()}
+    variables = network.init(w_key, jnp.zeros((1, *image_shape)), alpha, train=True)
+    w = variables["params"]
+    return SearchState(
+        step=jnp.zeros((), jnp.int32),
+        key=state_key,
+        w=w,
+        alpha=alpha,
+        batch_stats=variables["batch_stats"],
+        w_opt_state=w_optimizer.init(w),
+        alpha_opt_state=alpha_optimizer.init(alpha),
+    )
+
+
+@lru_cache
+def make_loss(network: nn.Module, relax: Relaxation = relaxation.softmax) -> Callable:
+    """`loss(w, alpha, inputs) -> (mean cross-entropy, Aux)`, batch norm by the batch."""
+
+    def loss(w, alpha, inputs: Inputs):
+        logits, updated = network.apply(
+            {"params": w, "batch_stats": inputs.batch_stats},
+            inputs.batch.image,
+            relax(alpha),
+            train=True,
+            mutable=["batch_stats"],
+        )
+        return cross_entropy(logits, inputs.batch.label).mean(), Aux(logits, updated["batch_stats"])
+
+    return loss
+
+
+def make_step(
+    network: nn.Module,
+    estimator: Callable[[Bilevel], Estimator],
+    w_optimizer: optax.GradientTransformation,
+    alpha_optimizer: optax.GradientTransformation,
+    relax: Relaxation = relaxation.softmax,
+) -> Callable[[SearchState, Batch, Batch], tuple[SearchState, Metrics]]:
+    """`step(state, train_batch, val_batch) -> (state, Metrics)`: one iteration, alpha first.
+
+    Running statistics advance with the weight step alone: the passes that an estimator makes are
+    not training.
+
+    Args:
+      network: as for `init`.
+      estimator: makes an estimator from the bilevel problem, such as
+        `lambda problem: hypergradient.unrolled(problem, w_optimizer)`.
+      w_optimizer, alpha_optimizer: as for `init`.
+      relax: from alpha to mixing weights.
+    """
+    loss = make_loss(network, relax)
+    estimate = estimator(Bilevel(loss, loss, has_aux=True))
+    differentiate = value_and_grad(loss, True)
+
+    @jax.jit
+    def alpha_step(gradient, opt_state, alpha):
+        updates, opt_state = alpha_optimizer.update(gradient, opt_state, alpha)
+        return optax.apply_updates(alpha, updates), opt_state
+
+    @jax.jit
+    def w_step(state, gradient, batch_stats):
+        updates, opt_state = w_optimizer.update(gradient, state.w_opt_state, state.w)
+        w = optax.apply_updates(state.w, updates)
+        return state._replace(
+            step=state.step + 1, w=w, w_opt_state=opt_state, batch_stats=batch_stats
+        )
+
+    @jax.jit
+    def summarize(train, train_label, w_gradient, val_value, val_aux, val_label, hypergradient):
+        return Metrics(
+            train.value,
+            accuracy(train.aux.logits, train_label),
+            val_value,
+            accuracy(val_aux.logits, val_label),
+            optax.tree.norm(w_gradient),
+            optax.tree.norm(hypergradient),
+        )
+
+    def step(state, train_batch, val_batch):
+        train_inputs = Inputs(train_batch, state.batch_stats)
+        val_inputs = Inputs(val_batch, state.batch_stats)
+        hyper = estimate(state.alpha, state.w, state.w_opt_state, train_inputs, val_inputs)
+        alpha, alpha_opt_state = alpha_step(hyper.gradient, state.alpha_opt_state, state.alpha)
+        train, (gradient, _) = differentiate(state.w, alpha, train_inputs)
+        metrics = summarize(
+            train,
+            train_batch.label,
+            gradient,
+            hyper.value,
+            hyper.aux,
+            val_batch.label,
+            hyper.gradient,
+        )
+        state = state._replace(alpha=alpha, alpha_opt_state=alpha_opt_state)
+        return w_step(state, gradient, train.aux.batch_stats), metrics
+
+    return step
+
+
+def make_evaluate(
+    network: nn.Module, relax: Relaxation = relaxation.softmax
+) -> Callable[[SearchState, Batch, Array], tuple[Array, Array]]:
+    """`evaluate(state, batch, mask) -> (summed loss, correct)`, by running statistics.
+
+    mask [B] is true where the batch holds an example, and not padding.
+    """
+
+    def evaluate(state, batch, mask):
+        variables = {"params": state.w, "batch_stats": state.batch_stats}
+        logits = network.apply(variables, batch.image, relax(state.alpha), train=False)
+        losses = cross_entropy(logits, batch.label)
+        correct = logits.argmax(-1) == batch.label
+        return jnp.where(mask, losses, 0).sum(), (correct & mask).sum()
+
+    return evaluate
+
+
+def cross_entropy(logits: Array, label: Array) -> Array:
+    """Softmax cross-entropy [B], in nats, of logits [B, classes] and labels [B]."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, label)
+
+
+def accuracy(logits: Array, label: Array) -> Array:
+    """Share, in [0, 1], of examples whose largest logit is at their label."""
+    return (logits.argmax(-1) == label).mean()

@@ -1,0 +1,211 @@
+"""What a run tells while it goes: metrics.jsonl, TensorBoard events, and progress on the screen.
+
+metrics.jsonl holds one JSON object a line, of two kinds:
+
+    {"kind": "step", "step", "epoch", and every metric of that training step}
+    {"kind": "epoch", "step", "epoch", every metric of the evaluation at its end, "seconds", and
+     what else the experiment records}
+
+`step` counts finished steps and `epoch` counts from 1. A training step is written every
+`log_every` steps, with its own metrics, not averages. `seconds` is the wall time of the epoch,
+compilation left out. All but `seconds` is fixed by the config.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_INTERVAL = 10  # seconds between two lines of progress where there is no terminal
+
+
+class NonFinite(Exception):
+    """A metric or a weight is not finite."""
+
+
+class Log:
+    """The metrics of a run, in its workdir; a context manager.
+
+    Attributes:
+      epochs: the lines of kind "epoch", those from before a resume included.
+    """
+
+    def __init__(self, workdir: Path, size: int, step: int) -> None:
+        """Opens the log as it was when it had `size` bytes, after `step` steps.
+
+        Raises:
+          ValueError: if it is shorter than that.
+        """
+        from tensorboardX import SummaryWriter  # a second and a half
+
+        path = workdir / "metrics.jsonl"
+        found = path.stat().st_size if path.exists() else 0
+        if found < size:
+            raise ValueError(
+                f"{path} has {found} bytes, but had {size} when the checkpoint of step {step} was"
+                " saved; put the file back, or start anew in another --workdir"
+            )
+        self._file = path.open("ab+")
+        # What a killed run wrote after its last checkpoint will be written again.
+        self._file.truncate(size)
+        self._file.seek(0)
+        lines = [json.loads(line) for line in self._file]
+        self.epochs = [line for line in lines if line["kind"] == "epoch"]
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(
+        self, kind: str, step: int, epoch: int, values: Mapping[str, float], **other: Any
+    ) -> dict[str, Any]:
+        """Writes one line, and its values as events; `other` goes into the line alone."""
+        line = {"kind": kind, "step": step, "epoch": epoch, **values, **other}
+        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        for name, value in values.items():
+            self._events.add_scalar(f"{kind}/{name}", value, step)
+        if kind == "epoch":
+            self.epochs.append(line)
+        return line
+
+    def sync(self) -> int:
+        """Brings every line to the disk; returns the size of the file in bytes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._events.flush()
+        return self._file.tell()
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._events.close()
+
+
+class Display:
+    """Progress on a console: two live lines on a terminal, plain lines elsewhere.
+
+    A context manager.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._spinner = Spinner("dots")
+        self._phase: tuple[str, float] | None = None
+        self._total = self._steps_per_epoch = self._first = self._step = 0
+        self._values: Mapping[str, float] = {}
+        self._start = self._printed = 0.0
+        self._live = Live(
+            console=self.console, get_renderable=self._render, transient=True, refresh_per_second=8
+        )
+
+    @contextmanager
+    def phase(self, text: str) -> Iterator[None]:
+        """Shows what is going on and for how many seconds, until it is done."""
+        start = time.monotonic()
+        self._phase = text, start
+        if not self.console.is_terminal:
+            self.console.print(f"{text} ...")
+        try:
+            yield
+        finally:
+            self._phase = None
+        self.console.print(f"{text}: {time.monotonic() - start:.1f} s", highlight=False)
+
+    def start(self, step: int, total: int, steps_per_epoch: int) -> None:
+        """Starts the clock of steps `step + 1` to `total`."""
+        self._first = self._step = step
+        self._total, self._steps_per_epoch = total, steps_per_epoch
+        self._start = self._printed = time.monotonic()
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows the metrics of a finished step."""
+        self._step, self._values = step, values
+        if not self.console.is_terminal and time.monotonic() - self._printed >= PLAIN_INTERVAL:
+            self._printed = time.monotonic()
+            text = f"{self._position()}: {_format(values)}; {self._rate()}"
+            self.console.print(text, soft_wrap=True, highlight=False)
+
+    def epoch(self, line: Mapping[str, Any]) -> None:
+        """Prints the metrics at the end of an epoch."""
+        self._printed = time.monotonic()
+        text = f"epoch {line['epoch']}: {_format(line)}; {line['seconds']:.1f} s"
+        self.console.print(text, soft_wrap=True, highlight=False)
+
+    def _position(self) -> str:
+        per_epoch = self._steps_per_epoch
+        epoch = min(self._step, self._total - 1) // per_epoch + 1
+        return f"epoch {epoch}/{self._total // per_epoch}, step {self._step}/{self._total}"
+
+    def _rate(self) -> str:
+        done = self._step - self._first
+        if not done:
+            return ""
+        seconds = (time.monotonic() - self._start) / done
+        left = round(seconds * (self._total - self._step))
+        hours, minutes = divmod(left // 60, 60)
+        return f"{seconds:.3g} s/step, {hours}:{minutes:02}:{left % 60:02} left"
+
+    def _render(self) -> RenderableType:
+        if self._phase:
+            text, start = self._phase
+            self._spinner.update(text=f"{text}: {time.monotonic() - start:.0f} s")
+            return self._spinner
+        if not self._total:
+            return ""
+        row = Table.grid(padding=(0, 1))
+        bar = ProgressBar(self._total, self._step, width=20)
+        row.add_row(self._position(), bar, self._rate())
+        return Group(row, Text(_format(self._values)))
+
+    def __enter__(self) -> "Display":
+        if self.console.is_terminal:
+            self._live.start(refresh=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+
+def require_finite(step: int, tree: Any) -> None:
+    """Raises NonFinite, which names the first leaf of a pytree that is NaN or infinite."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not jax.numpy.issubdtype(jax.numpy.result_type(leaf), np.floating):
+            continue
+        values = np.asarray(leaf)
+        finite = np.isfinite(values)
+        if not finite.all():
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise NonFinite(
+                f"step {step}: {name} is {values[~finite].flat[0]}. The last good checkpoint is"
+                " kept; give another --workdir and lower learning rates"
+            )
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held so far, in bytes; compilation counts."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _format(values: Mapping[str, Any]) -> str:
+    """Losses and accuracies as a person reads them."""
+    parts = []
+    for name, value in values.items():
+        if name.endswith("accuracy"):
+            parts.append(f"{name.replace('_', ' ')} {value:.1%}")
+        elif name.endswith("loss"):
+            parts.append(f"{name.replace('_', ' ')} {value:.3f}")
+    return ", ".join(parts)

@@ -1,0 +1,409 @@
+"""The loop that every experiment shares: config, workdir, resume, signals, exit codes.
+
+A workdir holds config.json, metrics.jsonl (see `experiments.metrics`), TensorBoard events and
+checkpoints. The same command on the same workdir goes on where it ended, with the same bits as if
+it had never stopped.
+
+Exit codes: 0 done; 2 bad input; 3 a metric or a weight is not finite; 130 (SIGINT, Ctrl-C) and
+143 (SIGTERM) stopped, to be resumed.
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import tyro
+
+from darts_jax import checkpoint
+from darts_jax.genotype import nearest
+from experiments.metrics import Display, Log, NonFinite, require_finite
+
+PyTree = Any
+Config = TypeVar("Config")
+
+CHECKPOINTS = "checkpoints"  # folder of a workdir
+COMPILER = "compiler"  # name of the thread that compiles
+
+
+class UserError(Exception):
+    """Bad input, in one line that names the culprit and the remedy."""
+
+
+class Interrupted(Exception):
+    """A signal asked to stop, and everything up to a step is saved."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
+        self.signum = signum
+
+
+class Job(NamedTuple):
+    """What to run.
+
+    Attributes:
+      name: of the step, as "search step".
+      init: makes the state before the first step, outside of jit.
+      train_step: (state, data, batch) -> (state, NamedTuple of scalar metrics); pure. It is jitted
+        here, and its state donated.
+      eval_step: (state, data, batch) -> ({metric: sum over the batch}, number of samples); pure.
+      data: pytree of arrays on the device, an argument of both steps at every call.
+      train_batches: epoch, from 0 -> its batches, `steps_per_epoch` pytrees of arrays of one shape;
+        a function of the epoch alone.
+      eval_batches: the batches of an evaluation.
+      epochs: how many to run.
+      steps_per_epoch: training steps in each of them.
+      end_epoch: called with the state after each epoch; returns what to record besides metrics.
+    """
+
+    name: str
+    init: Callable[[], PyTree]
+    train_step: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, Any]]
+    eval_step: Callable[[PyTree, PyTree, PyTree], tuple[dict[str, jax.Array], jax.Array]]
+    data: PyTree
+    train_batches: Callable[[int], Sequence[PyTree]]
+    eval_batches: Sequence[PyTree]
+    epochs: int
+    steps_per_epoch: int
+    end_epoch: Callable[[PyTree], dict[str, Any]]
+
+
+class Result(NamedTuple):
+    """What came of a run.
+
+    Attributes:
+      state: after the last step.
+      epochs: the lines of kind "epoch" in metrics.jsonl, all of them.
+      compile_seconds: tracing and compiling in this process; 0 if there was nothing left to run.
+    """
+
+    state: PyTree
+    epochs: list[dict[str, Any]]
+    compile_seconds: float
+
+
+class _Saved(NamedTuple):
+    """What a checkpoint holds: the state, the size of metrics.jsonl, seconds of an epoch begun."""
+
+    state: PyTree
+    log_size: int
+    epoch_seconds: float
+
+
+def guard(module: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
+    """Runs `main(argv)`, and returns the exit code; what went wrong is one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "-m", module, *argv])
+    try:
+        main(argv)
+    except UserError as error:
+        return _fail(error, 2)
+    except NonFinite as error:
+        return _fail(error, 3)
+    except Interrupted as error:
+        code = _fail(f"{error}; to go on: {command}", 128 + error.signum)
+        if any(thread.name == COMPILER for thread in threading.enumerate()):
+            # The compiler cannot be asked to stop, and is not waited for.
+            sys.stdout.flush()
+            os._exit(code)
+        return code
+    except KeyboardInterrupt:
+        return _fail(f"stopped at once; to go on: {command}", 128 + signal.SIGINT)
+    return 0
+
+
+def _fail(message: object, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Inside, a ValueError is the user's: it becomes a UserError of one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def parse(
+    presets: Mapping[str, tuple[str, Config]], argv: Sequence[str], module: str, description: str
+) -> tuple[str, Config]:
+    """Reads `[preset] [--field value ...]`: the preset's name, and its config with the fields set.
+
+    Args:
+      presets: name -> (description, config), a frozen dataclass; the first is the default.
+      argv: the arguments.
+      module: the experiment's, as "experiments.search_cnn".
+      description: for `--help`.
+
+    Raises:
+      UserError: if the preset is unknown, naming the nearest.
+      SystemExit: by tyro, for `--help` or a field that it cannot read.
+    """
+    preset, *rest = argv if argv and not argv[0].startswith("-") else (next(iter(presets)), *argv)
+    if preset not in presets:
+        raise UserError(f"unknown preset {preset!r}; use one of: {nearest(preset, presets)}")
+    listing = "\n".join(f"  {name}: {text}" for name, (text, _) in presets.items())
+    config = tyro.cli(
+        type(presets[preset][1]),
+        default=presets[preset][1],
+        args=rest,
+        prog=f"python -m {module} [preset]",
+        description=f"{description}\n\nPresets, the first one if none is given:\n{listing}\n\n"
+        f"Defaults below are those of {preset}.",
+    )
+    return preset, config
+
+
+def check_workdir(workdir: Path, config: Any) -> None:
+    """Raises a UserError if the folder holds another run, or something else. Writes nothing."""
+    try:
+        saved = _flatten(json.loads((workdir / "config.json").read_text()))
+    except FileNotFoundError:
+        if workdir.exists() and any(workdir.iterdir()):
+            raise UserError(
+                f"{workdir} holds files but no run (no config.json); give another --workdir"
+            ) from None
+        return
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{workdir}/config.json cannot be read ({error}); give another --workdir"
+        ) from error
+    current = _flatten(_resolve(config))
+    differing = [
+        f"{name} is {saved.get(name, 'missing')} there, {current.get(name, 'missing')} here"
+        for name in sorted(saved.keys() | current.keys())
+        if saved.get(name, "missing") != current.get(name, "missing")
+    ]
+    if differing:
+        raise UserError(
+            f"{workdir} holds a run with another config: {'; '.join(differing)}."
+            " Give another --workdir, or the fields of that run"
+        )
+
+
+def enable_compilation_cache() -> None:
+    """Keeps every compiled program for the next run, in JAX_COMPILATION_CACHE_DIR if that is set.
+
+    Else in the user's cache folder; where that cannot be written, nothing is kept.
+    """
+    # The threshold is 1 s; the small programs of an initialisation add up to more.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if jax.config.jax_compilation_cache_dir:
+        return
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        directory = Path(home) / "darts_jax"
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # read-only, or no home at all
+        return
+    if os.access(directory, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def run(job: Job, config: Any, workdir: Path, log_every: int, display: Display) -> Result:
+    """Runs a job from where its workdir says to its end.
+
+    A checkpoint is saved after each epoch, and within one on SIGINT or SIGTERM: the step that runs
+    is finished first, as is an evaluation. A second signal kills at once.
+
+    Args:
+      job: what to run.
+      config: a dataclass, written to config.json.
+      workdir: the folder to write to.
+      log_every: training steps from one line of metrics.jsonl to the next.
+      display: shows the progress.
+
+    Raises:
+      UserError: if `job.init` raises a ValueError, or the workdir cannot be resumed.
+      NonFinite: at the first step with a metric, or the first epoch with a weight, that is not
+        finite; the last checkpoint is from before.
+      Interrupted: by a signal.
+    """
+    with _stop_signal() as stop:
+        step, saved, log = _open(job, config, workdir, display)
+        with log:
+            if len(log.epochs) >= job.epochs:
+                return Result(saved.state, log.epochs, compile_seconds=0.0)
+            start = time.monotonic()
+            train_step = _compile(
+                job.train_step,
+                job.name,
+                (saved.state, job.data, job.train_batches(0)[0]),
+                donate=(0,),
+                step=step,
+                display=display,
+                stop=stop,
+            )
+            eval_step = _compile(
+                job.eval_step,
+                "evaluation",
+                (saved.state, job.data, job.eval_batches[0]),
+                donate=(),
+                step=step,
+                display=display,
+                stop=stop,
+            )
+            compile_seconds = time.monotonic() - start
+
+            display.start(step, job.epochs * job.steps_per_epoch, job.steps_per_epoch)
+            observe = partial(_observe, log, log_every, job.steps_per_epoch, display)
+            state, seconds = saved.state, saved.epoch_seconds
+            for epoch in range(len(log.epochs), job.epochs):
+                start = time.monotonic() - seconds
+                batches = job.train_batches(epoch)[step - epoch * job.steps_per_epoch :]
+                state, step = _train(train_step, state, step, job.data, batches, observe, stop)
+                require_finite(step, state)
+                if step < (epoch + 1) * job.steps_per_epoch:
+                    seconds = time.monotonic() - start
+                else:
+                    values = _evaluate(eval_step, state, job.data, job.eval_batches)
+                    require_finite(step, values)
+                    other = {"seconds": time.monotonic() - start, **job.end_epoch(state)}
+                    display.epoch(log.write("epoch", step, epoch + 1, values, **other))
+                    seconds = 0.0
+                saved = _Saved(state, log.sync(), seconds)
+                checkpoint.save(workdir / CHECKPOINTS, step, saved)
+                if stop.signum:
+                    raise Interrupted(stop.signum, step)
+            return Result(state, log.epochs, compile_seconds)
+
+
+def _open(job: Job, config: Any, workdir: Path, display: Display) -> tuple[int, _Saved, Log]:
+    """The number of finished steps, the state after them, and the log as it was then."""
+    with user_errors():
+        with display.phase("creating the parameters"):
+            # Copied, since a state may hold one array twice, and a buffer is donated only once.
+            state = jax.device_put(job.init(), may_alias=False)
+        fresh = _Saved(state, log_size=0, epoch_seconds=0.0)
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = workdir / "config.json.tmp"
+        temporary.write_text(json.dumps(_resolve(config), indent=2) + "\n")
+        temporary.replace(workdir / "config.json")
+        step, saved = checkpoint.restore_latest(workdir / CHECKPOINTS, fresh) or (0, fresh)
+        return step, saved, Log(workdir, saved.log_size, step)
+
+
+def _compile(
+    function: Callable,
+    name: str,
+    example: tuple,
+    *,
+    donate: tuple[int, ...],
+    step: int,
+    display: Display,
+    stop: SimpleNamespace,
+) -> Callable:
+    with display.phase(f"tracing the {name}"):
+        lowered = jax.jit(function, donate_argnums=donate).trace(*example).lower()
+    compiled: Future = Future()
+
+    def work() -> None:
+        try:
+            compiled.set_result(lowered.compile())
+        except BaseException as error:
+            compiled.set_exception(error)
+
+    # In a thread, because a signal waits for the main thread to come back from the compiler.
+    with display.phase(f"compiling the {name} (the first time this takes long)"):
+        threading.Thread(target=work, name=COMPILER, daemon=True).start()
+        while not wait([compiled], timeout=0.2).done:
+            if stop.signum:
+                raise Interrupted(stop.signum, step)
+    return compiled.result()
+
+
+def _train(
+    train_step: Callable,
+    state: PyTree,
+    step: int,
+    data: PyTree,
+    batches: Sequence[PyTree],
+    observe: Callable[[int, Any], None],
+    stop: SimpleNamespace,
+) -> tuple[PyTree, int]:
+    """Steps until the batches end or a signal comes: the state, and the number of steps."""
+    waiting: list[tuple[int, Any]] = []
+    for batch in batches:
+        state, metrics = train_step(state, data, batch)
+        step += 1
+        # One step is looked at while the next one runs, so that the device never waits for us.
+        for finished in waiting:
+            observe(*finished)
+        waiting = [(step, metrics)]
+        if stop.signum:
+            break
+    for finished in waiting:
+        observe(*finished)
+    return state, step
+
+
+def _observe(
+    log: Log, log_every: int, steps_per_epoch: int, display: Display, step: int, metrics: Any
+) -> None:
+    values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
+    require_finite(step, values)
+    display.update(step, values)
+    if step % log_every == 0:
+        log.write("step", step, (step - 1) // steps_per_epoch + 1, values)
+
+
+def _evaluate(
+    eval_step: Callable, state: PyTree, data: PyTree, batches: Sequence[PyTree]
+) -> dict[str, float]:
+    """The mean of each metric over all samples of the batches."""
+    outputs = jax.device_get([eval_step(state, data, batch) for batch in batches])
+    count = sum(int(count) for _, count in outputs)
+    return {name: sum(float(sums[name]) for sums, _ in outputs) / count for name in outputs[0][0]}
+
+
+@contextmanager
+def _stop_signal() -> Iterator[SimpleNamespace]:
+    """Yields what has `signum` set by the first SIGINT or SIGTERM; a second one acts as usual."""
+    stop = SimpleNamespace(signum=None)
+
+    def restore() -> None:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+    def handle(signum: int, _: object) -> None:
+        stop.signum = signum
+        restore()
+
+    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+def _resolve(config: Any) -> dict[str, Any]:
+    """The config as JSON holds it; where it is written to is no part of what it is."""
+    fields = dataclasses.asdict(config)
+    fields.pop("workdir")
+    return json.loads(json.dumps(fields))
+
+
+def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"search.epochs": 50, ...} of nested fields."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat |= (
+            _flatten(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {prefix + name: value}
+        )
+    return flat

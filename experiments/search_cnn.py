@@ -1,0 +1,421 @@
+"""Searches the normal and reduction cell of a convolutional network (DARTS, arXiv 1806.09055).
+
+    python -m experiments.search_cnn                    # handwritten digits, a few minutes
+    python -m experiments.search_cnn paper              # CIFAR-10, as in the paper
+    python -m experiments.search_cnn --search.estimator first_order --workdir runs/first_order
+
+The workdir then holds genotype.json, a picture of each cell, one of the alphas over time, and what
+`experiments.runner` writes. The same command resumes it.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from rich.table import Table
+
+from darts_jax import data, genotype, hypergradient, search
+from darts_jax.augment import augment, normalize
+from darts_jax.networks import Supernet
+from experiments import runner
+from experiments.metrics import Display, peak_memory
+
+MODULE = "experiments.search_cnn"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images, and what is done to them."""
+
+    name: str
+    """Dataset: digits, mnist5k, cifar10, cifar100, fashion_mnist or svhn_cropped."""
+    path: str | None = None
+    """Folder of TensorFlow Datasets, for the last four; None for its default."""
+    limit: int | None = None
+    """Use this many training images only, the first ones; None for all."""
+    train_portion: float = 0.5
+    """Share of the training images that trains w; the others train alpha."""
+    crop: int = 4
+    """Random crop: pixels by which an image is shifted at most; 0 for none."""
+    flip: bool = True
+    """Mirror half of the images, left to right."""
+    cutout: int = 0
+    """Side in pixels of a square that is set to zero; 0 for none."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The supernet."""
+
+    channels: int = 16
+    """Channels of each node in the first cell."""
+    layers: int = 8
+    """Cells, at least 3: those at 1/3 and 2/3 of the depth are reduction cells."""
+
+
+@dataclass(frozen=True)
+class WConfig:
+    """Optimizer of the weights: SGD with momentum, the rate a cosine over the epochs."""
+
+    learning_rate: float = 0.025
+    """Learning rate of the first epoch."""
+    learning_rate_min: float = 0.001
+    """Learning rate after the last epoch."""
+    momentum: float = 0.9
+    """Momentum."""
+    weight_decay: float = 3e-4
+    """L2 penalty, added to the gradient once that is clipped."""
+    clip: float = 5.0
+    """Largest global norm of the gradient."""
+
+
+@dataclass(frozen=True)
+class AlphaConfig:
+    """Optimizer of alpha: Adam."""
+
+    learning_rate: float = 3e-4
+    """Learning rate."""
+    b1: float = 0.5
+    """Decay of the mean of gradients."""
+    b2: float = 0.999
+    """Decay of the mean of squared gradients."""
+    weight_decay: float = 1e-3
+    """L2 penalty, added to the gradient."""
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The bilevel optimization."""
+
+    estimator: Literal["first_order", "unrolled", "finite_difference"] = "unrolled"
+    """Hypergradient: at constant weights; exact through one step of w; or the paper's
+    approximation of that, by a finite difference."""
+    radius: float = 0.01
+    """How far the finite difference moves the weights, as a global norm."""
+    epochs: int = 50
+    """Passes over the images that train w."""
+    batch_size: int = 64
+    """Images in a batch, for w and for alpha alike."""
+    w: WConfig = field(default_factory=WConfig)
+    alpha: AlphaConfig = field(default_factory=AlphaConfig)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that decides what a search does."""
+
+    data: DataConfig
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    seed: int = 0
+    """Of everything random: parameters, order of the images, augmentation."""
+    log_every: int = 10
+    """Steps from one line of metrics.jsonl to the next."""
+    workdir: Path | None = None
+    """Folder to write to, and to resume from; None for runs/search_cnn-PRESET-seedSEED."""
+
+
+# Digits are not mirror symmetric, and an 8x8 image loses a stroke to a shift of more than a pixel.
+DIGITS = Config(
+    data=DataConfig("digits", crop=1, flip=False),
+    network=NetworkConfig(channels=4, layers=3),
+    search=SearchConfig(epochs=10, batch_size=16, alpha=AlphaConfig(learning_rate=3e-3)),
+)
+# "paper:" is section 3.1.1 and appendix A.1.1 of arXiv 1806.09055v2, "code:" train_search.py of
+# quark0/darts where the paper is silent or differs.
+PAPER = Config(
+    data=DataConfig(
+        "cifar10",
+        train_portion=0.5,  # paper: half of the training data each
+        crop=4,  # code: RandomCrop(32, padding=4), for both halves
+        flip=True,  # code: RandomHorizontalFlip, for both halves
+        cutout=0,  # code: off in the search unless asked for
+    ),
+    network=NetworkConfig(
+        channels=16,  # paper: initial number of channels
+        layers=8,  # paper: a small network of 8 cells
+    ),
+    search=SearchConfig(
+        estimator="unrolled",  # paper: second order; exact here, `finite_difference` is the paper's
+        radius=0.01,  # paper: epsilon = 0.01 / norm
+        epochs=50,  # paper
+        batch_size=64,  # paper: for both the training and validation sets
+        w=WConfig(
+            learning_rate=0.025,  # paper
+            learning_rate_min=0.001,  # code; the paper anneals to zero
+            momentum=0.9,  # paper
+            weight_decay=3e-4,  # paper
+            clip=5.0,  # code
+        ),
+        alpha=AlphaConfig(
+            learning_rate=3e-4,  # paper
+            b1=0.5,  # paper
+            b2=0.999,  # paper
+            weight_decay=1e-3,  # paper
+        ),
+    ),
+    log_every=50,  # code: report_freq
+)
+PRESETS = {
+    "digits": ("8x8 handwritten digits (embedded), minutes on two cores", DIGITS),
+    "mnist5k": (
+        "5000 images of MNIST (embedded)",
+        replace(
+            DIGITS,
+            data=DataConfig("mnist5k", crop=2, flip=False),
+            search=replace(DIGITS.search, epochs=5, batch_size=32),
+        ),
+    ),
+    "cifar10": (
+        "CIFAR-10, a small network",
+        replace(
+            PAPER,
+            network=NetworkConfig(channels=8, layers=5),
+            search=replace(PAPER.search, epochs=25),
+        ),
+    ),
+    "paper": ("CIFAR-10, every value as in the paper", PAPER),
+    "smoke": (
+        "a few steps on a few digits, to see that all works",
+        replace(
+            DIGITS,
+            data=replace(DIGITS.data, limit=128),
+            network=NetworkConfig(channels=2, layers=3),
+            search=replace(DIGITS.search, epochs=2),
+            log_every=1,
+        ),
+    ),
+}
+
+
+class Images(NamedTuple):
+    """What lives on the device: the two halves of the training images."""
+
+    train: data.Split
+    val: data.Split
+
+
+class Indices(NamedTuple):
+    """Of the images in the two batches of one iteration, int32 [batch] each."""
+
+    train: np.ndarray
+    val: np.ndarray
+
+
+def w_schedule(config: WConfig, epochs: int, steps_per_epoch: int) -> optax.Schedule:
+    """step -> learning rate: a cosine over the epochs, constant within each of them."""
+
+    def learning_rate(step: jax.Array) -> jax.Array:
+        cosine = jax.numpy.cos(jax.numpy.pi * (step // steps_per_epoch) / epochs)
+        span = config.learning_rate - config.learning_rate_min
+        return config.learning_rate_min + span * (1 + cosine) / 2
+
+    return learning_rate
+
+
+def w_optimizer(
+    config: WConfig, learning_rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
+    """SGD that clips the gradient of the loss, then adds weight decay, then momentum."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(learning_rate, config.momentum),
+    )
+
+
+def alpha_optimizer(config: AlphaConfig) -> optax.GradientTransformation:
+    """Adam with an L2 penalty: weight decay goes into the moments, unlike AdamW."""
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay),
+        optax.adam(config.learning_rate, config.b1, config.b2),
+    )
+
+
+def make_estimator(
+    config: SearchConfig, optimizer: optax.GradientTransformation
+) -> Callable[[hypergradient.Bilevel], hypergradient.Estimator]:
+    """Bilevel problem -> estimator.
+
+    The inner step is the very optimizer that trains w. Clipping is thus differentiated through;
+    the original's unrolled step has momentum and weight decay, but does not clip.
+    """
+    return {
+        "first_order": hypergradient.first_order,
+        "unrolled": partial(hypergradient.unrolled, inner_optimizer=optimizer),
+        "finite_difference": partial(
+            hypergradient.finite_difference, inner_optimizer=optimizer, radius=config.radius
+        ),
+    }[config.estimator]
+
+
+def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job:
+    """The search as the runner takes it.
+
+    Raises:
+      ValueError: if the images are too few for a batch. The job's `init`: if they do not fit the
+        network.
+    """
+    seed, batch_size = config.seed, config.search.batch_size
+    train, val = data.split_search(dataset.train, config.data.train_portion)
+    train_size, val_size = len(train.labels), len(val.labels)
+    steps_per_epoch = len(data.epoch_indices(seed, 0, train_size, batch_size))
+    network = Supernet(config.network.channels, config.network.layers, dataset.num_classes)
+    schedule = w_schedule(config.search.w, config.search.epochs, steps_per_epoch)
+    w, alpha = w_optimizer(config.search.w, schedule), alpha_optimizer(config.search.alpha)
+    step = search.make_step(network, make_estimator(config.search, w), w, alpha)
+    evaluate = search.make_evaluate(network)
+
+    def init() -> search.SearchState:
+        shape = dataset.train.images.shape[1:]
+        return search.init(jax.random.key(seed), network, w, alpha, shape)
+
+    def augmented(key: jax.Array, split: data.Split, indices: jax.Array) -> search.Batch:
+        images = augment(
+            key,
+            split.images[indices],
+            dataset.mean,
+            dataset.std,
+            padding=config.data.crop,
+            mirror=config.data.flip,
+            cutout_size=config.data.cutout,
+        )
+        return search.Batch(images, split.labels[indices])
+
+    def train_step(
+        state: search.SearchState, images: Images, indices: Indices
+    ) -> tuple[search.SearchState, search.Metrics]:
+        train_key, val_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        # The original augments the batches that train alpha, too.
+        return step(
+            state,
+            augmented(train_key, images.train, indices.train),
+            augmented(val_key, images.val, indices.val),
+        )
+
+    def eval_step(
+        state: search.SearchState, images: Images, batch: tuple[jax.Array, jax.Array]
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
+        indices, mask = batch
+        pixels = normalize(images.val.images[indices], dataset.mean, dataset.std)
+        loss, correct = evaluate(state, search.Batch(pixels, images.val.labels[indices]), mask)
+        return {"eval_loss": loss, "eval_accuracy": correct}, mask.sum()
+
+    def train_batches(epoch: int) -> list[Indices]:
+        order = data.epoch_indices(seed, epoch, train_size, batch_size)
+        fresh = data.random_indices(seed, epoch, len(order), val_size, batch_size)
+        return list(map(Indices, order, fresh))
+
+    def end_epoch(state: search.SearchState) -> dict[str, Any]:
+        alpha = jax.device_get(state.alpha)
+        genotype.save(genotype.derive(alpha), workdir / "genotype.json")
+        return {"alpha": {name: values.tolist() for name, values in alpha.items()}}
+
+    return runner.Job(
+        name="search step",
+        init=init,
+        train_step=train_step,
+        eval_step=eval_step,
+        data=jax.device_put(Images(train, val)),
+        train_batches=train_batches,
+        eval_batches=list(data.padded_indices(val_size, batch_size)),
+        epochs=config.search.epochs,
+        steps_per_epoch=steps_per_epoch,
+        end_epoch=end_epoch,
+    )
+
+
+def check(config: Config) -> None:
+    """Raises a ValueError for what can be seen to be wrong before anything is loaded."""
+    data.check(config.data.name)
+    for name, value, least in (
+        ("data.crop", config.data.crop, 0),
+        ("data.cutout", config.data.cutout, 0),
+        ("network.channels", config.network.channels, 1),
+        ("search.epochs", config.search.epochs, 1),
+        ("seed", config.seed, 0),
+        ("log-every", config.log_every, 1),
+    ):
+        if value < least:
+            raise ValueError(f"--{name} is {value}; give at least {least}")
+
+
+def draw(epochs: Sequence[dict[str, Any]], workdir: Path) -> genotype.Genotype:
+    """Draws the cells that were found, and the alphas over time; returns the cells."""
+    from darts_jax import plots  # matplotlib
+
+    alphas = {
+        name: np.array([line["alpha"][name] for line in epochs]) for name in ("normal", "reduce")
+    }
+    found = genotype.derive({name: values[-1] for name, values in alphas.items()})
+    genotype.save(found, workdir / "genotype.json")
+    plots.draw_genotype(found, workdir)
+    plots.draw_alphas(
+        [line["step"] for line in epochs], alphas, genotype.CNN_PRIMITIVES, workdir / "alphas"
+    )
+    return found
+
+
+def summary(found: genotype.Genotype, result: runner.Result, workdir: Path, command: str) -> Table:
+    """The table that a search ends with."""
+
+    def cell(edges: Sequence[genotype.Edge]) -> str:
+        pairs = zip(edges[::2], edges[1::2], strict=True)
+        names = ("c_{k-2}", "c_{k-1}", "0", "1", "2", "3")
+        return "\n".join(
+            f"{node} = " + " + ".join(f"{operation}({names[source]})" for operation, source in pair)
+            for node, pair in enumerate(pairs)
+        )
+
+    last = result.epochs[-1]
+    seconds = sum(line["seconds"] for line in result.epochs)
+    table = Table(title="Search finished", show_header=False, title_justify="left")
+    table.add_row("normal cell", cell(found.normal))
+    table.add_row("reduction cell", cell(found.reduce))
+    table.add_row(
+        "validation", f"accuracy {last['eval_accuracy']:.1%}, loss {last['eval_loss']:.3f}"
+    )
+    table.add_row(
+        "time",
+        f"{seconds:.0f} s search, all {len(result.epochs)} epochs; {result.compile_seconds:.0f} s"
+        " tracing and compiling, this time",
+    )
+    table.add_row("peak memory", f"{peak_memory() / 1e6:.0f} MB, this process, compiling included")
+    table.add_row("written to", str(workdir))
+    table.add_row("next", command)
+    return table
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs the command line."""
+    with runner.user_errors():
+        preset, config = runner.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
+        check(config)
+    workdir = config.workdir or Path("runs") / f"search_cnn-{preset}-seed{config.seed}"
+    runner.check_workdir(workdir, config)
+    runner.enable_compilation_cache()
+    with Display() as display:
+        with runner.user_errors():
+            with display.phase(f"loading {config.data.name}"):
+                dataset = data.load(config.data.name, config.data.path, config.data.limit)
+            job = make_job(config, dataset, workdir)
+        result = runner.run(job, config, workdir, config.log_every, display)
+        with display.phase("drawing"):
+            found = draw(result.epochs, workdir)
+    command = f"python -m {MODULE} {preset} --seed {config.seed + 1}"
+    display.console.print(summary(found, result, workdir, command))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code (see `experiments.runner`)."""
+    return runner.guard(MODULE, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Fixtures that every test file shares."""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+ORACLE = Path(__file__).parent / "oracle"
+
+
+@cache
+def _load(name: str) -> dict[str, Any]:
+    path = ORACLE / name
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    with np.load(path) as archive:
+        return dict(archive)
+
+
+def _unpack(archive: dict[str, Any], pack: str) -> dict[str, np.ndarray]:
+    shapes = json.loads(str(archive[f"{pack}_shapes"]))
+    ends = np.cumsum([np.prod(shape, dtype=int) for shape in shapes])
+    flat = np.split(archive[f"{pack}_flat"].astype(np.float64), ends[:-1])
+    return {
+        str(name): leaf.reshape(shape)
+        for name, leaf, shape in zip(archive[f"{pack}_names"], flat, shapes, strict=True)
+    }
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Run the test in double precision."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def oracle_path() -> Path:
+    """The folder of recorded numbers."""
+    return ORACLE
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Callable[[str], dict[str, Any]]:
+    """`oracle("toy_bilevel.npz")["hyper/w"]`: a recorded file, JSON or arrays, read once."""
+    return _load
+
+
+@pytest.fixture(scope="session")
+def unpack() -> Callable[[dict[str, Any], str], dict[str, np.ndarray]]:
+    """`unpack(oracle("search_cnn.npz"), "w")`: the tensors of a weight pack by name, float64."""
+    return _unpack

@@ -1,0 +1,119 @@
+"""The rivals of the benchmark are the network and the iteration that they claim to be."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from chex import assert_trees_all_close
+
+from benchmarks import ordinary
+from darts_jax import networks, search
+
+COUNTS = ["C4_L5", "C4_L6", "C8_L8", "C16_L8"]
+
+
+def dimensions(name):
+    channels, layers = name.split("_")
+    return {"channels": int(channels[1:]), "layers": int(layers[1:]), "num_classes": 10}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_ordinary_has_the_originals_parameters(name, oracle):
+    network = ordinary.Supernet(**dimensions(name))
+    x, weights = jnp.zeros((1, 8, 8, 3)), dict.fromkeys(("normal", "reduce"), jnp.ones((14, 8)))
+    variables = network.init(jax.random.key(0), x, weights, train=True)
+    leaves = jax.tree.leaves(variables["params"])
+    recorded = oracle("params.json")["search_cnn"][name]
+    assert len(leaves) == recorded["num_param_tensors"]
+    assert sum(leaf.size for leaf in leaves) == recorded["params"]
+
+
+@pytest.fixture
+def problem(x64):
+    """Both networks at the same weights, of cells of every kind, and inputs for them."""
+    size = {"channels": 2, "layers": 4, "num_classes": 3}
+    fast, plain = networks.Supernet(**size), ordinary.Supernet(**size)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, 8, 8, 3)))
+    alpha = {name: jnp.asarray(rng.normal(size=(14, 8))) for name in ("normal", "reduce")}
+    variables = fast.init(jax.random.key(0), x, alpha, train=True)
+    variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
+    batch = search.Batch(x, jnp.asarray([0, 1, 2]))
+    stats = plain.init(jax.random.key(0), x, alpha, train=True)["batch_stats"]
+    return fast, plain, variables, stats, alpha, batch
+
+
+def test_ordinary_is_the_same_network(problem):
+    fast, plain, variables, stats, alpha, batch = problem
+    params = variables["params"]
+
+    def fast_loss(params, alpha):
+        inputs = search._Inputs(batch, variables["batch_stats"])
+        return search.make_loss(fast)(params, alpha, inputs)[0]
+
+    def plain_loss(params, alpha):
+        inputs = search._Inputs(batch, stats)
+        return search.make_loss(plain)(ordinary.from_supernet(params), alpha, inputs)[0]
+
+    expected, result = (
+        jax.value_and_grad(loss, (0, 1))(params, alpha) for loss in (fast_loss, plain_loss)
+    )
+    assert_trees_all_close(result, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.fixture
+def torch_reference():
+    """The module, in double precision."""
+    torch = pytest.importorskip("torch")
+    from benchmarks import torch_reference
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small tensors: threads that wait for each other cost minutes
+    torch.set_default_dtype(torch.float64)
+    yield torch_reference
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_torch_has_the_originals_parameters(name, oracle, torch_reference):
+    parameters = list(torch_reference.Supernet(**dimensions(name)).parameters())
+    recorded = oracle("params.json")["search_cnn"][name]
+    assert len(parameters) == recorded["num_param_tensors"]
+    assert sum(parameter.numel() for parameter in parameters) == recorded["params"]
+
+
+@pytest.mark.parametrize("trajectory", ["first", "unrolled_fd"])
+def test_torch_takes_the_originals_steps(trajectory, oracle, unpack, torch_reference):
+    from torch import as_tensor, no_grad
+
+    recorded = oracle("search_cnn.npz")
+    network = torch_reference.Supernet(**dimensions("C4_L5"))
+    with no_grad():
+        for parameter, value in zip(
+            network.parameters(), unpack(recorded, "w").values(), strict=True
+        ):
+            parameter.copy_(as_tensor(value))
+        for alpha, name in zip(network.alphas, ("normal", "reduce"), strict=True):
+            alpha.copy_(as_tensor(recorded[f"alpha/{name}"]))
+    momenta = [as_tensor(value) for value in unpack(recorded, "mom").values()]
+    step = torch_reference.make_step(
+        network,
+        second_order=trajectory == "unrolled_fd",
+        learning_rate=float(recorded["traj/lr"]),
+        momenta=momenta,
+    )
+    for i, suffix in enumerate(("", "_1", "_2")):
+        prefix = f"traj/{trajectory}"
+        batches = []
+        for split in ("train", "val"):
+            x, y = (
+                recorded[f"{'traj/' if i else ''}{leaf}_{split}{suffix}"] for leaf in ("x", "y")
+            )
+            batches.append((as_tensor(x.astype(np.float64)), as_tensor(y)))
+        loss = step(*batches)
+        np.testing.assert_allclose(loss, recorded[f"{prefix}/loss"][i], rtol=1e-6)
+        for alpha, name in zip(network.alphas, ("normal", "reduce"), strict=True):
+            np.testing.assert_allclose(
+                alpha.detach(), recorded[f"{prefix}/alpha_{name}_{i}"], rtol=1e-6
+            )
