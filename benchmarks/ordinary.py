@@ -63,7 +63,7 @@ def _avg_pool(p, x, stride, norm):
         sides = ((0, 0), (1, 1), (1, 1), (0, 0))
         return lax.reduce_window(x, 0.0, lax.add, (1, 3, 3, 1), (1, stride, stride, 1), sides)
 
-    return norm(total(x) / total(jnp.ones_like(x)))
+    return norm(total(x) / total(jnp.ones((1, *x.shape[1:3], 1), x.dtype)))
 
 
 def _skip_connect(p, x, stride, norm):

@@ -172,6 +172,7 @@ def torch_iteration(case: Case) -> Callable[[], Any]:
 
 def run(case: Case, iterations: int, cache: str) -> Run:
     """Measure in this process, which must be a new one. `cache` is a folder for compiled code."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's remarks on slow compilation
     if case.implementation == "torch":
         iterate = torch_iteration(case)
     else:

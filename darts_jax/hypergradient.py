@@ -203,14 +203,14 @@ def value_and_grad(loss: Loss, has_aux: bool = False) -> ValueAndGrad:
     differentiate = jax.value_and_grad(evaluate, argnums=(0, 1), has_aux=True)
 
     @jax.jit
-    def evaluate_and_differentiate(w, alpha, batch):
+    def value_and_gradient(w, alpha, batch):
         evaluation, gradients = differentiate(w, alpha, batch)
         return Evaluation(*evaluation), gradients
 
     def checked(w, alpha, batch):
         _require_floating("w", w)
         _require_floating("alpha", alpha)
-        return evaluate_and_differentiate(w, alpha, batch)
+        return value_and_gradient(w, alpha, batch)
 
     return checked
 
@@ -219,14 +219,24 @@ def value_and_grad(loss: Loss, has_aux: bool = False) -> ValueAndGrad:
 def _alpha_gradient(loss: Loss, has_aux: bool) -> Callable[[PyTree, PyTree, PyTree], PyTree]:
     """`(w, alpha, batch) -> grad_alpha`: without the gradient in w, a cheaper program."""
     differentiate = value_and_grad(loss, has_aux)
-    return jax.jit(lambda *point: differentiate(*point)[1][1])
+
+    @jax.jit
+    def alpha_gradient(*point):
+        return differentiate(*point)[1][1]
+
+    return alpha_gradient
 
 
 @lru_cache
 def _mixed_product(loss: Loss, has_aux: bool) -> MixedProduct:
     """`(w, alpha, batch, u) -> H_alpha,w u`: exact, forward over reverse."""
     differentiate = value_and_grad(loss, has_aux)
-    return jax.jit(lambda *args: _forward_over_reverse(differentiate, *args)[1])
+
+    @jax.jit
+    def mixed_product(w, alpha, batch, u):
+        return _forward_over_reverse(differentiate, w, alpha, batch, u)[1]
+
+    return mixed_product
 
 
 def _through_one_step(

@@ -104,6 +104,7 @@ class Display:
         self.console = console or Console()
         self._spinner = Spinner("dots")
         self._phase: tuple[str, float] | None = None
+        self._detail = ""
         self._total = self._steps_per_epoch = self._first = self._step = 0
         self._values: Mapping[str, float] = {}
         self._start = self._printed = 0.0
@@ -115,7 +116,7 @@ class Display:
     def phase(self, text: str) -> Iterator[None]:
         """Shows what is going on and for how many seconds, until it is done."""
         start = time.monotonic()
-        self._phase = text, start
+        self._phase, self._detail = (text, start), ""
         if not self.console.is_terminal:
             self.console.print(f"{text} ...")
         try:
@@ -123,6 +124,12 @@ class Display:
         finally:
             self._phase = None
         self.console.print(f"{text}: {time.monotonic() - start:.1f} s", highlight=False)
+
+    def detail(self, text: str, seconds: float | None = None) -> None:
+        """Shows which part of the phase has begun or, with the seconds it took, ended."""
+        self._detail = text if seconds is None else ""
+        if seconds is not None and seconds >= 1:
+            self.console.print(f"  {text}: {seconds:.1f} s", highlight=False)
 
     def start(self, step: int, total: int, steps_per_epoch: int) -> None:
         """Starts the clock of steps `step + 1` to `total`."""
@@ -161,7 +168,8 @@ class Display:
     def _render(self) -> RenderableType:
         if self._phase:
             text, start = self._phase
-            self._spinner.update(text=f"{text}: {time.monotonic() - start:.0f} s")
+            detail = f", {self._detail}" if self._detail else ""
+            self._spinner.update(text=f"{text}{detail}: {time.monotonic() - start:.0f} s")
             return self._spinner
         if not self._total:
             return ""

@@ -56,9 +56,9 @@ class Job(NamedTuple):
     Attributes:
       name: of the step, as "search step".
       init: makes the state before the first step, outside of jit.
-      train_step: (state, data, batch) -> (state, NamedTuple of scalar metrics); pure. It is jitted
-        here, and its state donated.
-      eval_step: (state, data, batch) -> ({metric: sum over the batch}, number of samples); pure.
+      train_step: (state, data, batch) -> (state, NamedTuple of scalar metrics); pure, and made of
+        jitted functions.
+      eval_step: (state, data, batch) -> ({metric: sum over the batch}, number of samples); so too.
       data: pytree of arrays on the device, an argument of both steps at every call.
       train_batches: epoch, from 0 -> its batches, `steps_per_epoch` pytrees of arrays of one shape;
         a function of the epoch alone.
@@ -239,24 +239,13 @@ def run(job: Job, config: Any, workdir: Path, log_every: int, display: Display) 
             if len(log.epochs) >= job.epochs:
                 return Result(saved.state, log.epochs, compile_seconds=0.0)
             start = time.monotonic()
-            train_step = _compile(
-                job.train_step,
-                job.name,
-                (saved.state, job.data, job.train_batches(0)[0]),
-                donate=(0,),
-                step=step,
-                display=display,
-                stop=stop,
+            examples = (
+                (job.name, job.train_step, job.train_batches(0)[0]),
+                ("evaluation", job.eval_step, job.eval_batches[0]),
             )
-            eval_step = _compile(
-                job.eval_step,
-                "evaluation",
-                (saved.state, job.data, job.eval_batches[0]),
-                donate=(),
-                step=step,
-                display=display,
-                stop=stop,
-            )
+            for name, function, batch in examples:
+                call = partial(function, saved.state, job.data, batch)
+                _compile(call, name, step, display, stop)
             compile_seconds = time.monotonic() - start
 
             display.start(step, job.epochs * job.steps_per_epoch, job.steps_per_epoch)
@@ -265,12 +254,12 @@ def run(job: Job, config: Any, workdir: Path, log_every: int, display: Display) 
             for epoch in range(len(log.epochs), job.epochs):
                 start = time.monotonic() - seconds
                 batches = job.train_batches(epoch)[step - epoch * job.steps_per_epoch :]
-                state, step = _train(train_step, state, step, job.data, batches, observe, stop)
+                state, step = _train(job.train_step, state, step, job.data, batches, observe, stop)
                 require_finite(step, state)
                 if step < (epoch + 1) * job.steps_per_epoch:
                     seconds = time.monotonic() - start
                 else:
-                    values = _evaluate(eval_step, state, job.data, job.eval_batches)
+                    values = _evaluate(job.eval_step, state, job.data, job.eval_batches)
                     require_finite(step, values)
                     other = {"seconds": time.monotonic() - start, **job.end_epoch(state)}
                     display.epoch(log.write("epoch", step, epoch + 1, values, **other))
@@ -286,8 +275,7 @@ def _open(job: Job, config: Any, workdir: Path, display: Display) -> tuple[int, 
     """The number of finished steps, the state after them, and the log as it was then."""
     with user_errors():
         with display.phase("creating the parameters"):
-            # Copied, since a state may hold one array twice, and a buffer is donated only once.
-            state = jax.device_put(job.init(), may_alias=False)
+            state = job.init()
         fresh = _Saved(state, log_size=0, epoch_seconds=0.0)
         workdir.mkdir(parents=True, exist_ok=True)
         temporary = workdir / "config.json.tmp"
@@ -298,32 +286,35 @@ def _open(job: Job, config: Any, workdir: Path, display: Display) -> tuple[int, 
 
 
 def _compile(
-    function: Callable,
-    name: str,
-    example: tuple,
-    *,
-    donate: tuple[int, ...],
-    step: int,
-    display: Display,
-    stop: SimpleNamespace,
-) -> Callable:
-    with display.phase(f"tracing the {name}"):
-        lowered = jax.jit(function, donate_argnums=donate).trace(*example).lower()
-    compiled: Future = Future()
+    call: Callable[[], PyTree], name: str, step: int, display: Display, stop: SimpleNamespace
+) -> None:
+    """Makes a pure call once, so that all it is made of is compiled, and drops the result."""
+    finished: Future = Future()
 
     def work() -> None:
         try:
-            compiled.set_result(lowered.compile())
+            finished.set_result(jax.block_until_ready(call()))
         except BaseException as error:
-            compiled.set_exception(error)
+            finished.set_exception(error)
 
-    # In a thread, because a signal waits for the main thread to come back from the compiler.
-    with display.phase(f"compiling the {name} (the first time this takes long)"):
-        threading.Thread(target=work, name=COMPILER, daemon=True).start()
-        while not wait([compiled], timeout=0.2).done:
-            if stop.signum:
-                raise Interrupted(stop.signum, step)
-    return compiled.result()
+    def watch(event: str, seconds: float, fun_name: str = "", **_: Any) -> None:
+        stage = fun_name.removeprefix("jit(").removesuffix(")").replace("_", " ")
+        if event.endswith("jaxpr_to_mlir_module_duration"):  # the last event before compilation
+            display.detail(stage)
+        elif event.endswith("backend_compile_duration"):
+            display.detail(stage, seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(watch)
+    try:
+        # In a thread, because a signal waits for the main thread to come back from the compiler.
+        with display.phase(f"compiling the {name} (the first time this takes long)"):
+            threading.Thread(target=work, name=COMPILER, daemon=True).start()
+            while not wait([finished], timeout=0.2).done:
+                if stop.signum:
+                    raise Interrupted(stop.signum, step)
+            finished.result()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(watch)
 
 
 def _train(

@@ -7,7 +7,7 @@ import pytest
 from chex import assert_trees_all_close
 
 from benchmarks import ordinary
-from darts_jax import networks, search
+from darts_jax import networks, relaxation, search
 
 COUNTS = ["C4_L5", "C4_L6", "C8_L8", "C16_L8"]
 
@@ -29,35 +29,43 @@ def test_ordinary_has_the_originals_parameters(name, oracle):
 
 
 @pytest.fixture
-def problem(x64):
-    """Both networks at the same weights, of cells of every kind, and inputs for them."""
+def losses(x64):
+    """The loss of both networks, and one point: cells of every kind, in double precision."""
     size = {"channels": 2, "layers": 4, "num_classes": 3}
-    fast, plain = networks.Supernet(**size), ordinary.Supernet(**size)
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(3, 8, 8, 3)))
+    x, label = jnp.asarray(rng.normal(size=(3, 8, 8, 3))), jnp.arange(3)
     alpha = {name: jnp.asarray(rng.normal(size=(14, 8))) for name in ("normal", "reduce")}
-    variables = fast.init(jax.random.key(0), x, alpha, train=True)
-    variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
-    batch = search.Batch(x, jnp.asarray([0, 1, 2]))
-    stats = plain.init(jax.random.key(0), x, alpha, train=True)["batch_stats"]
-    return fast, plain, variables, stats, alpha, batch
+
+    def make(network, convert):
+        variables = network.init(jax.random.key(0), x, alpha, train=True)
+        variables = jax.tree.map(lambda leaf: leaf.astype(x.dtype), variables)
+
+        def loss(params, alpha):
+            logits, _ = network.apply(
+                variables | {"params": convert(params)},
+                x,
+                relaxation.softmax(alpha),
+                train=True,
+                mutable=["batch_stats"],
+            )
+            return search.cross_entropy(logits, label).mean()
+
+        return loss, variables["params"]
+
+    fast, params = make(networks.Supernet(**size), lambda params: params)
+    plain, _ = make(ordinary.Supernet(**size), ordinary.from_supernet)
+    return jax.jit(fast), plain, (params, alpha)
 
 
-def test_ordinary_is_the_same_network(problem):
-    fast, plain, variables, stats, alpha, batch = problem
-    params = variables["params"]
+def test_ordinary_is_the_same_network(losses):
+    fast, plain, point = losses
+    np.testing.assert_allclose(plain(*point), fast(*point), rtol=1e-9)
 
-    def fast_loss(params, alpha):
-        inputs = search._Inputs(batch, variables["batch_stats"])
-        return search.make_loss(fast)(params, alpha, inputs)[0]
 
-    def plain_loss(params, alpha):
-        inputs = search._Inputs(batch, stats)
-        return search.make_loss(plain)(ordinary.from_supernet(params), alpha, inputs)[0]
-
-    expected, result = (
-        jax.value_and_grad(loss, (0, 1))(params, alpha) for loss in (fast_loss, plain_loss)
-    )
+@pytest.mark.slow
+def test_ordinary_has_the_same_gradients(losses):
+    fast, plain, point = losses
+    expected, result = (jax.grad(loss, (0, 1))(*point) for loss in (fast, plain))
     assert_trees_all_close(result, expected, rtol=1e-9, atol=1e-11)
 
 

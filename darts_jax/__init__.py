@@ -1,0 +1,58 @@
+"""Differentiable architecture search (DARTS) in JAX, with exact hypergradients.
+
+Modules and main names are imported when they are first used: `import darts_jax` costs nothing, to
+read a genotype needs no JAX, and to search needs no Matplotlib, Orbax or TensorFlow Datasets.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from darts_jax.genotype import Genotype as Genotype
+    from darts_jax.hypergradient import Bilevel as Bilevel
+    from darts_jax.hypergradient import Estimate as Estimate
+    from darts_jax.networks import Supernet as Supernet
+    from darts_jax.operations import OPERATIONS as OPERATIONS
+    from darts_jax.operations import Operation as Operation
+    from darts_jax.search import Batch as Batch
+    from darts_jax.search import SearchState as SearchState
+
+_MODULES = (
+    "augment",
+    "cells",
+    "checkpoint",
+    "convolution",
+    "data",
+    "genotype",
+    "hypergradient",
+    "networks",
+    "operations",
+    "plots",
+    "relaxation",
+    "search",
+)
+# The main names, and where they are.
+_NAMES = {
+    "OPERATIONS": "operations",
+    "Batch": "search",
+    "Bilevel": "hypergradient",
+    "Estimate": "hypergradient",
+    "Genotype": "genotype",
+    "Operation": "operations",
+    "SearchState": "search",
+    "Supernet": "networks",
+}
+
+__all__ = [*_NAMES, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(import_module(f"{__name__}.{_NAMES[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

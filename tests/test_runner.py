@@ -1,0 +1,541 @@
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from darts_jax import checkpoint
+from experiments import metrics, runner
+
+STEPS = 5  # in an epoch
+SAMPLES = 7  # in the evaluation
+
+
+@dataclass(frozen=True)
+class Inner:
+    """Nested."""
+
+    rate: float = 0.1
+    """Rate."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Betas."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Stand-in."""
+
+    inner: Inner = field(default_factory=Inner)
+    epochs: int = 2
+    """Epochs to run."""
+    workdir: Path | None = None
+    """Where to."""
+
+
+class State(NamedTuple):
+    step: jax.Array
+    key: jax.Array
+    w: jax.Array
+    twin: jax.Array
+
+
+class Metrics(NamedTuple):
+    train_loss: jax.Array
+    train_accuracy: jax.Array
+
+
+def make_job(epochs=2, on_epoch=None, on_batch=None, poison=None):
+    """Least squares with noise; `on_batch(epoch, i)` is called before a batch is handed out."""
+
+    def init():
+        w = jnp.zeros(3)
+        return State(jnp.int32(0), jax.random.key(1), w, w)  # one buffer twice
+
+    def loss(w, batch, key):
+        return jnp.mean((batch @ w - 1 + 0.1 * jax.random.normal(key, batch.shape[:1])) ** 2)
+
+    @jax.jit
+    def train_step(state, data, batch):
+        key = jax.random.fold_in(state.key, state.step)
+        value, gradient = jax.value_and_grad(loss)(state.w, data[batch], key)
+        w = state.w - 0.1 * gradient
+        if poison is not None:
+            name, when = poison
+            bad = jnp.where(state.step + 1 == when, jnp.nan, 0)
+            value, w = (value + bad, w) if name == "train_loss" else (value, w + bad)
+        return State(state.step + 1, state.key, w, state.twin + w), Metrics(value, value > 0)
+
+    @jax.jit
+    def eval_step(state, data, batch):
+        indices, mask = batch
+        errors = (data[indices] @ state.w - 1) ** 2
+        return {"eval_loss": jnp.where(mask, errors, 0).sum()}, mask.sum()
+
+    class Batches(list):
+        def __init__(self, epoch, items, first=0):
+            super().__init__(items)
+            self.epoch, self.first = epoch, first
+
+        def __getitem__(self, index):
+            if isinstance(index, slice):
+                return Batches(self.epoch, super().__getitem__(index), index.start)
+            return super().__getitem__(index)
+
+        def __iter__(self):
+            for i, item in enumerate(super().__iter__(), self.first):
+                if on_batch:
+                    on_batch(self.epoch, i)
+                yield item
+
+    def train_batches(epoch):
+        random = np.random.default_rng(epoch)
+        return Batches(epoch, list(random.integers(0, 20, (STEPS, 4), dtype=np.int32)))
+
+    def end_epoch(state):
+        if on_epoch:
+            on_epoch(int(state.step) // STEPS)
+        return {"w": state.w.tolist()}
+
+    indices = np.arange(8, dtype=np.int32).reshape(2, 4)
+    return runner.Job(
+        name="stand-in step",
+        init=init,
+        train_step=train_step,
+        eval_step=eval_step,
+        data=jax.random.normal(jax.random.key(0), (20, 3)),
+        train_batches=train_batches,
+        eval_batches=list(zip(indices, indices < SAMPLES, strict=True)),
+        epochs=epochs,
+        steps_per_epoch=STEPS,
+        end_epoch=end_epoch,
+    )
+
+
+def run(workdir, config=Config(), log_every=1, terminal=False, **kwargs):  # noqa: B008
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+    with metrics.Display(console) as display:
+        result = runner.run(make_job(**kwargs), config, workdir, log_every, display)
+    return result, console.file.getvalue()
+
+
+def lines(workdir):
+    """The lines of metrics.jsonl without what a clock decides."""
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+
+
+def assert_same_run(workdir, state, whole, whole_state):
+    assert lines(workdir) == lines(whole)
+    for leaf, expected in zip(state, whole_state, strict=True):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf, expected = jax.random.key_data(leaf), jax.random.key_data(expected)
+        np.testing.assert_array_equal(leaf, expected)
+    saved = [sorted(p.name for p in (d / "checkpoints").iterdir()) for d in (workdir, whole)]
+    assert saved[0][-1] == saved[1][-1]
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """A run without interruption: its workdir and its last state."""
+    result, _ = run(tmp_path / "whole", epochs=3)
+    return tmp_path / "whole", result.state
+
+
+def test_a_run_writes_each_step_and_epoch_once(whole):
+    workdir, state = whole
+    written = lines(workdir)
+    steps = [line for line in written if line["kind"] == "step"]
+    epochs = [line for line in written if line["kind"] == "epoch"]
+    assert [(s["step"], s["epoch"]) for s in steps] == [(i + 1, i // STEPS + 1) for i in range(15)]
+    assert [(e["step"], e["epoch"]) for e in epochs] == [(5, 1), (10, 2), (15, 3)]
+    assert list(steps[0]) == ["kind", "step", "epoch", "train_loss", "train_accuracy"]
+    assert list(epochs[0]) == ["kind", "step", "epoch", "eval_loss", "w"]
+    assert steps[0]["train_loss"] > steps[-1]["train_loss"]
+    assert int(state.step) == 15
+    assert epochs[-1]["w"] == state.w.tolist()
+    assert json.loads((workdir / "config.json").read_text()) == {
+        "inner": {"rate": 0.1, "betas": [0.9, 0.99]},
+        "epochs": 2,
+    }
+
+
+def test_the_evaluation_is_the_mean_over_the_samples_without_padding(whole):
+    workdir, state = whole
+    data = np.asarray(make_job().data)[:SAMPLES]
+    expected = ((data @ np.asarray(state.w) - 1) ** 2).mean()
+    assert lines(workdir)[-1]["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_log_every(tmp_path, whole):
+    run(tmp_path / "sparse", log_every=3, epochs=3)
+    expected = [li for li in lines(whole[0]) if li["kind"] == "epoch" or li["step"] % 3 == 0]
+    assert lines(tmp_path / "sparse") == expected
+
+
+def test_tensorboard_events_hold_the_metrics(whole):
+    from tensorboardX.proto.event_pb2 import Event
+
+    values = {}
+    for file in (whole[0] / "tensorboard").iterdir():
+        content = file.read_bytes()
+        while content:
+            size = int.from_bytes(content[:8], "little")
+            event = Event.FromString(content[12 : 12 + size])
+            content = content[16 + size :]
+            for value in event.summary.value:
+                values[value.tag, event.step] = value.simple_value
+    for line in lines(whole[0]):
+        for name in set(line) - {"kind", "step", "epoch", "w"}:
+            found = values.pop((f"{line['kind']}/{name}", line["step"]))
+            assert found == pytest.approx(line[name], rel=1e-6)
+    assert not values
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_after_an_epoch_and_resumed(tmp_path, whole, signum):
+    def stop(epoch):
+        if epoch == 1:
+            signal.raise_signal(signum)
+
+    with pytest.raises(runner.Interrupted, match=f"by {signum.name} after step 5") as stopped:
+        run(tmp_path / "run", epochs=3, on_epoch=stop)
+    assert stopped.value.signum == signum
+    assert len(lines(tmp_path / "run")) == STEPS + 1
+    result, _ = run(tmp_path / "run", epochs=3)
+    assert_same_run(tmp_path / "run", result.state, *whole)
+
+
+def test_stopped_within_an_epoch_and_resumed_twice(tmp_path, whole):
+    for epoch, batch, step in ((0, 1, 2), (0, 3, 4), (1, 2, 8)):
+
+        def stop(*position, where=(epoch, batch)):
+            if position == where:
+                signal.raise_signal(signal.SIGINT)
+
+        with pytest.raises(runner.Interrupted, match=f"after step {step}$"):
+            run(tmp_path / "run", epochs=3, on_batch=stop)
+    result, _ = run(tmp_path / "run", epochs=3)
+    assert_same_run(tmp_path / "run", result.state, *whole)
+    assert [line["epoch"] for line in result.epochs] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_killed_within_an_epoch_and_resumed(tmp_path, whole, epoch):
+    """What was written after the last checkpoint is neither lost nor doubled."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*position):
+        if position == (epoch, 3):
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "run", epochs=3, on_batch=kill)
+    file = tmp_path / "run" / "metrics.jsonl"
+    with file.open("a") as log:
+        log.write('{"kind": "step", "st')  # half a line
+    result, _ = run(tmp_path / "run", epochs=3)
+    assert_same_run(tmp_path / "run", result.state, *whole)
+
+
+def test_a_damaged_checkpoint_costs_an_epoch_and_nothing_else(tmp_path, whole):
+    workdir, state = whole
+    for file in (workdir / "checkpoints" / "15").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    before = lines(workdir)
+    result, _ = run(workdir, epochs=3)
+    assert lines(workdir) == before
+    np.testing.assert_array_equal(result.state.w, state.w)
+
+
+def test_a_finished_run_is_only_read(whole):
+    workdir, state = whole
+    before = (workdir / "metrics.jsonl").read_bytes()
+
+    def fail(*_):
+        raise AssertionError("a step was run")
+
+    result, _ = run(workdir, epochs=3, on_batch=fail, on_epoch=fail)
+    assert result.compile_seconds == 0
+    assert [line["epoch"] for line in result.epochs] == [1, 2, 3]
+    np.testing.assert_array_equal(result.state.w, state.w)
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_seconds_of_an_epoch_add_up_over_a_resume(tmp_path):
+    def stop(*position):
+        if position == (0, 2):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(runner.Interrupted):
+        run(tmp_path, on_batch=stop)
+    job = make_job()
+    fresh = runner._Saved(job.init(), 0, 0.0)
+    saved = checkpoint.restore_latest(tmp_path / "checkpoints", fresh)[1]
+    assert saved.epoch_seconds > 0
+    result, _ = run(tmp_path)
+    assert result.epochs[0]["seconds"] > saved.epoch_seconds
+
+
+def test_metrics_shorter_than_the_checkpoint_says_are_refused(whole):
+    workdir, _ = whole
+    file = workdir / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:-10])
+    before = file.read_bytes()
+    with pytest.raises(runner.UserError, match="put the file back, or start anew in another"):
+        run(workdir, epochs=3)
+    assert file.read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, whole):
+    with pytest.raises(metrics.NonFinite, match="step 8: train_loss is nan.*last good checkpoint"):
+        run(tmp_path / "run", epochs=3, poison=("train_loss", 8))
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["5"]
+    assert [li["step"] for li in lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 5, 6, 7]
+    # The state kept is the good one: without the poison the run ends as if there had been none.
+    result, _ = run(tmp_path / "run", epochs=3)
+    assert_same_run(tmp_path / "run", result.state, *whole)
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
+    recorded = []
+    with pytest.raises(metrics.NonFinite, match=r"step 10: w is nan"):
+        run(tmp_path, epochs=3, poison=("w", 10), on_epoch=recorded.append)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["5"]
+    assert recorded == [1]
+
+
+def test_inputs_that_init_refuses_are_the_users(tmp_path):
+    def init():
+        raise ValueError("images of 7x7\n do not halve")
+
+    with metrics.Display(Console(file=io.StringIO())) as display:
+        with pytest.raises(runner.UserError, match="^images of 7x7 do not halve$"):
+            runner.run(make_job()._replace(init=init), Config(), tmp_path / "run", 1, display)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_steps_are_traced_once_for_all_epochs(tmp_path):
+    traces = []
+    job = make_job(epochs=3)
+
+    def traced(function):
+        @jax.jit
+        def counted(*args):
+            traces.append(function)
+            return function(*args)
+
+        return counted
+
+    job = job._replace(train_step=traced(job.train_step), eval_step=traced(job.eval_step))
+    with metrics.Display(Console(file=io.StringIO())) as display:
+        runner.run(job, Config(), tmp_path, 1, display)
+    assert len(traces) == 2
+
+
+def test_an_error_in_the_step_is_not_lost(tmp_path):
+    def train_step(*_):
+        raise TypeError("a defect")
+
+    job = make_job()._replace(train_step=train_step)
+    with metrics.Display(Console(file=io.StringIO())) as display:
+        with pytest.raises(TypeError, match="a defect"):
+            runner.run(job, Config(), tmp_path, 1, display)
+
+
+def test_a_signal_while_compiling_stops_at_once(tmp_path):
+    signal_sent, released = threading.Event(), threading.Event()
+
+    def train_step(*_):
+        signal.raise_signal(signal.SIGTERM)
+        signal_sent.set()
+        released.wait(60)
+
+    job = make_job()._replace(train_step=train_step)
+    try:
+        with metrics.Display(Console(file=io.StringIO())) as display:
+            with pytest.raises(runner.Interrupted, match="by SIGTERM after step 0"):
+                runner.run(job, Config(), tmp_path, 1, display)
+        assert signal_sent.is_set()
+    finally:
+        released.set()
+
+
+def test_plain_output_names_the_phases_and_the_epochs(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "PLAIN_INTERVAL", 0)
+    _, output = run(tmp_path)
+    assert "\x1b" not in output
+    for text in (
+        r"creating the parameters \.\.\.\n",
+        r"compiling the stand-in step .*\.\.\.\n",
+        r"compiling the evaluation .*: \d+\.\d s\n",
+        r"epoch 1/2, step 3/10: train loss \d\.\d{3}, train accuracy 100\.0%; .* s/step, 0:00:0\d",
+        r"\nepoch 2: eval loss \d\.\d{3}; \d+\.\d s\n",
+    ):
+        assert re.search(text, output), text
+
+
+def test_terminal_output_is_live(tmp_path):
+    _, output = run(tmp_path, terminal=True)
+    assert "\x1b[?25l" in output  # the cursor is hidden,
+    assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")  # and shown again
+    assert "epoch 2: eval loss" in output
+
+
+def test_progress_fits_a_narrow_terminal(tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    display = metrics.Display(console)
+    display.start(step=0, total=97650, steps_per_epoch=1953)
+    values = dict.fromkeys(("train_loss", "train_accuracy", "val_loss", "val_accuracy"), 0.5)
+    display.update(step=50_000, values=values)
+    console.print(display._render())
+    first, second, *rest = console.file.getvalue().splitlines()
+    assert "epoch 26/50, step 50000/97650" in first
+    assert "left" in first
+    assert second.endswith("val accuracy 50.0%")
+    assert not rest
+
+
+PRESETS = {"small": ("quick", Config()), "large": ("slow", Config(epochs=50))}
+
+
+def parse(*argv):
+    return runner.parse(PRESETS, argv, "experiments.stand_in", "A stand-in.")
+
+
+def test_presets_and_overrides():
+    assert parse() == ("small", Config())
+    assert parse("large") == ("large", Config(epochs=50))
+    assert parse("--epochs", "7") == ("small", Config(epochs=7))
+    name, config = parse("large", "--inner.rate", "0.5", "--workdir", "a/b")
+    assert (name, config) == ("large", Config(Inner(rate=0.5), 50, Path("a/b")))
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(runner.UserError, match="^unknown preset 'smal'; use one of: small$"):
+        parse("smal")
+
+
+def test_help_lists_presets_and_explains_fields(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse("--help")
+    assert stopped.value.code == 0
+    output = capsys.readouterr().out
+    for text in ("A stand-in.", "small: quick", "large: slow", "--inner.rate", "Epochs to run."):
+        assert text in output
+
+
+def test_workdir_of_another_config(tmp_path):
+    run(tmp_path / "run")
+    runner.check_workdir(tmp_path / "run", Config(workdir=tmp_path))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(runner.UserError) as error:
+        runner.check_workdir(tmp_path / "run", Config(Inner(betas=(0.5, 0.9)), epochs=3))
+    message = str(error.value)
+    assert "epochs is 2 there, 3 here" in message
+    assert "inner.betas is [0.9, 0.99] there, [0.5, 0.9] here" in message
+    assert "rate" not in message
+    assert "Give another --workdir" in message
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_workdir_that_is_no_run(tmp_path):
+    runner.check_workdir(tmp_path / "missing", Config())
+    runner.check_workdir(tmp_path, Config())
+    assert not (tmp_path / "missing").exists()
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(runner.UserError, match=r"holds files but no run .*another --workdir"):
+        runner.check_workdir(tmp_path, Config())
+    with pytest.raises(runner.UserError, match="give another --workdir"):
+        runner.check_workdir(tmp_path / "thesis.tex", Config())
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"epochs"'])
+def test_workdir_whose_config_is_damaged(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(runner.UserError, match="config.json cannot be read"):
+        runner.check_workdir(tmp_path, Config())
+
+
+def raising(error):
+    def main(_):
+        raise error
+
+    return main
+
+
+TO_GO_ON = "to go on: python -m experiments.x a --b 'c d'"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (runner.UserError("give less"), 2, "give less"),
+        (metrics.NonFinite("step 3: nan"), 3, "step 3: nan"),
+        (
+            runner.Interrupted(signal.SIGINT, 7),
+            130,
+            f"stopped by SIGINT after step 7; {TO_GO_ON}",
+        ),
+        (
+            runner.Interrupted(signal.SIGTERM, 7),
+            143,
+            f"stopped by SIGTERM after step 7; {TO_GO_ON}",
+        ),
+        (KeyboardInterrupt(), 130, f"stopped at once; {TO_GO_ON}"),
+    ],
+)
+def test_exit_codes(capsys, error, code, text):
+    assert runner.guard("experiments.x", raising(error), ["a", "--b", "c d"]) == code
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", f"error: {text}\n")
+
+
+def test_success_and_defects_are_not_disguised():
+    assert runner.guard("experiments.x", lambda argv: None, []) == 0
+    with pytest.raises(ValueError, match="a defect"):
+        runner.guard("experiments.x", raising(ValueError("a defect")), [])
+
+
+def test_signals_are_handled_as_before_once_a_run_is_over(tmp_path):
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    run(tmp_path)
+    assert before == [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+
+
+CACHE = """
+import jax
+from experiments import runner
+runner.enable_compilation_cache()
+print(jax.config.jax_compilation_cache_dir)
+"""
+
+
+def cache_directory(**environment):
+    command = [sys.executable, "-c", CACHE]
+    root = Path(__file__).parent.parent
+    output = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert not output.stderr
+    return output.stdout.strip()
+
+
+def test_compilation_cache(tmp_path):
+    given = str(tmp_path / "given")
+    assert cache_directory(HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=given) == given
+    assert cache_directory(HOME=str(tmp_path)) == str(tmp_path / ".cache" / "darts_jax")
+    assert cache_directory(XDG_CACHE_HOME=given) == str(tmp_path / "given" / "darts_jax")
+    (tmp_path / "file").touch()  # where no folder can be made
+    assert cache_directory(HOME=str(tmp_path / "file")) == "None"
