@@ -80,7 +80,7 @@ FEW = [
 
 def draw(seed, *shapes):
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.standard_normal(shape)) for shape in shapes]
+    return tuple(jnp.asarray(rng.standard_normal(shape)) for shape in shapes)
 
 
 def arguments(kernel_shape, seed=0, batch=()):
@@ -110,10 +110,8 @@ def test_values_and_gradients(function, ordinary, shape):
     point = arguments(shape)
     close(function(*point), ordinary(*point))  # one by one, and as one program
     close(jax.jit(function)(*point), ordinary(*point))
-    gradients = [
-        jax.jit(jax.grad(nonlinear(f), argnums=(0, 1)))(*point) for f in (function, ordinary)
-    ]
-    close(*gradients)
+    functions = function, ordinary
+    close(*(jax.jit(jax.grad(nonlinear(f), argnums=(0, 1)))(*point) for f in functions))
 
 
 @pytest.mark.parametrize(("function", "ordinary", "shape"), CASES)
@@ -128,10 +126,12 @@ def test_second_derivatives(function, ordinary, shape):
 
     def reverse_over_reverse(f):
         _, pullback = jax.vjp(gradient(f), *point)
-        return pullback(tuple(tangent))
+        return pullback(tangent)
 
     def reverse_over_forward(f):
-        slope = lambda *point: jax.jvp(nonlinear(f), point, tangent)[1]  # noqa: E731
+        def slope(*point):
+            return jax.jvp(nonlinear(f), point, tangent)[1]
+
         return jax.grad(slope, argnums=(0, 1))(*point)
 
     expected = jax.jit(lambda: forward_over_reverse(ordinary))()
@@ -147,9 +147,12 @@ def test_third_derivatives(function, ordinary, shape):
 
     def third(f):
         gradient = jax.grad(nonlinear(f), argnums=(0, 1))
-        product = lambda *point: jax.jvp(gradient, point, u)[1]  # noqa: E731
+
+        def product(*point):
+            return jax.jvp(gradient, point, u)[1]
+
         _, pullback = jax.vjp(product, *point)
-        return jax.jvp(product, point, v)[1], pullback(tuple(v))
+        return jax.jvp(product, point, v)[1], pullback(v)
 
     found, expected = (jax.jit(partial(third, f))() for f in (function, ordinary))
     close(found, expected)
@@ -158,38 +161,34 @@ def test_third_derivatives(function, ordinary, shape):
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (1, 2)])
 @pytest.mark.parametrize(("function", "ordinary", "shape"), FEW)
 def test_vmap(function, ordinary, shape, axes):
+    """The map of value and gradients, and the gradients of the map, against a loop."""
     examples = 3
-    stacks = arguments(shape, batch=(examples,))
-    point = [stack[0] if axis is None else stack for stack, axis in zip(stacks, axes, strict=True)]
-    moved = [
-        a if axis is None else jnp.moveaxis(a, 0, axis) for a, axis in zip(point, axes, strict=True)
-    ]
+    point = tuple(
+        stack[0] if axis is None else jnp.moveaxis(stack, 0, axis)
+        for stack, axis in zip(arguments(shape, batch=(examples,)), axes, strict=True)
+    )
 
-    def one_by_one(f):
-        rows = [
-            f(*(a if axis is None else a[i] for a, axis in zip(point, axes, strict=True)))
-            for i in range(examples)
-        ]
-        return jax.tree.map(lambda *rows: jnp.stack(rows), *rows)
+    def example(i, point):
+        return [a if x is None else jnp.take(a, i, x) for a, x in zip(point, axes, strict=True)]
 
     def value_and_gradients(f):
         return lambda *point: (f(*point), jax.grad(nonlinear(f), argnums=(0, 1))(*point))
 
-    mapped = jax.jit(jax.vmap(value_and_gradients(function), in_axes=axes))
-    close(mapped(*moved), jax.jit(lambda: one_by_one(value_and_gradients(ordinary)))())
+    def loop(*point):
+        rows = [value_and_gradients(ordinary)(*example(i, point)) for i in range(examples)]
+        return jax.tree.map(lambda *rows: jnp.stack(rows), *rows)
 
-    # The gradient of a map, too: there the derivative is taken of the mapped function.
-    total = lambda *point: jax.vmap(nonlinear(function), in_axes=axes)(*point).sum()  # noqa: E731
-    loop = lambda *point: sum(  # noqa: E731
-        nonlinear(ordinary)(
-            *(
-                a if axis is None else jnp.take(a, i, axis)
-                for a, axis in zip(point, axes, strict=True)
-            )
-        )
-        for i in range(examples)
-    )
-    close(*(jax.jit(jax.grad(f, argnums=(0, 1)))(*moved) for f in (total, loop)))
+    mapped = jax.vmap(value_and_gradients(function), in_axes=axes)
+    close(jax.jit(mapped)(*point), jax.jit(loop)(*point))
+
+    def total_of_map(*point):
+        return jax.vmap(nonlinear(function), in_axes=axes)(*point).sum()
+
+    def total_of_loop(*point):
+        return sum(nonlinear(ordinary)(*example(i, point)) for i in range(examples))
+
+    totals = total_of_map, total_of_loop
+    close(*(jax.jit(jax.grad(f, argnums=(0, 1)))(*point) for f in totals))
 
 
 @pytest.mark.parametrize(
@@ -216,14 +215,14 @@ def test_scan(function, ordinary, shape):
 
     def all_of(f):
         gradient = jax.grad(lambda *point: jnp.sin(f(*point)).sum(), argnums=(0, 1))
-        return f(x, kernels), jax.jvp(gradient, (x, kernels), tuple(tangents))
+        return f(x, kernels), jax.jvp(gradient, (x, kernels), tangents)
 
     close(*(jax.jit(partial(all_of, f))() for f in (scanned, looped)))
 
 
 @pytest.mark.parametrize(("function", "ordinary", "shape"), FEW)
 def test_keeps_float32(function, ordinary, shape):
-    point = [a.astype(jnp.float32) for a in arguments(shape)]
+    point = tuple(a.astype(jnp.float32) for a in arguments(shape))
     results = [
         jax.jit(lambda *p, f=f: (f(*p), jax.grad(nonlinear(f), argnums=(0, 1))(*p)))(*point)
         for f in (function, ordinary)

@@ -43,7 +43,12 @@ def test_new_operation(extending):
     kernel = jax.random.normal(keys[1], (2, 1, 1, 3, 3))
     new = {"conv_1x1": extending["network"].operations["conv_1x1"]}
     y, _ = cells.mixed_operation(
-        {"conv_1x1": {"kernel": kernel}}, None, x, jnp.ones((2, 1)), stride=2, operations=new
+        kernels={"conv_1x1": {"kernel": kernel}},
+        weights=jnp.ones((2, 1)),
+        running=None,
+        x=x,
+        stride=2,
+        operations=new,
     )
     raw = np.einsum("nhwc,kcd->nhwkd", np.maximum(x, 0)[:, ::2, ::2], kernel[:, 0, 0])
     expected = (raw - raw.mean((0, 1, 2))) / np.sqrt(raw.var((0, 1, 2)) + operations.EPSILON)
@@ -86,8 +91,17 @@ def test_new_estimator(extending, x64):
     assert np.abs(found.implicit).min() > 0.1
 
 
+@pytest.fixture
+def quick_compilation():
+    """Compile in half the time, to code that is slower."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.mark.slow
-def test_readme_example(capsys):
+def test_readme_example(capsys, quick_compilation):
     names = run_examples(ROOT / "README.md")
     assert names["state"].step == 2
     assert all(np.isfinite(metric) for metric in names["metrics"])

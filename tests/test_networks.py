@@ -8,7 +8,6 @@ import layout
 import numpy as np
 import optax
 import pytest
-from jax.flatten_util import ravel_pytree
 
 from darts_jax import hypergradient, relaxation, search
 from darts_jax.networks import Supernet
