@@ -121,6 +121,7 @@ class Supernet:
     channels: int
     layers: int
     num_classes: int
+    nodes: int = 4
     primitives: tuple[str, ...] = CNN_PRIMITIVES
 
     def cells(self) -> list[tuple[int, bool, bool]]:

@@ -162,6 +162,7 @@ class Supernet(nn.Module):
       channels: of each node in the first cell.
       layers: number of cells, at least 3.
       num_classes: of the linear classifier.
+      nodes: intermediate nodes of each cell.
       operations: candidates by name.
       primitives: the columns of the mixing weights: "none" and the keys of operations.
     """
@@ -169,6 +170,7 @@ class Supernet(nn.Module):
     channels: int
     layers: int
     num_classes: int
+    nodes: int = 4
     operations: FrozenDict[str, Operation] = OPERATIONS
     primitives: tuple[str, ...] = CNN_PRIMITIVES
 

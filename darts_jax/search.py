@@ -22,7 +22,6 @@ from darts_jax.hypergradient import Bilevel, Estimator, value_and_grad
 PyTree = Any
 Relaxation = Callable[[PyTree], PyTree]
 
-NUM_NODES = 4  # intermediate nodes of a cell
 ALPHA_SCALE = 1e-3  # standard deviation of the initial alphas, the original's
 
 
@@ -94,7 +93,7 @@ def init(
       image_shape: (height, width, channels) of one image.
     """
     w_key, alpha_key, state_key = jax.random.split(key, 3)
-    shape = (len(genotype.edges(NUM_NODES)), len(network.primitives))
+    shape = (len(genotype.edges(network.nodes)), len(network.primitives))
     keys = dict(zip(("normal", "reduce"), jax.random.split(alpha_key), strict=True))
     alpha = {name: ALPHA_SCALE * jax.random.normal(k, shape) for name, k in keys.items()}
     variables = network.init(w_key, jnp.zeros((1, *image_shape)), alpha, train=True)

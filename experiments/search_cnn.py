@@ -57,6 +57,8 @@ class NetworkConfig:
     """Channels of each node in the first cell."""
     layers: int = 8
     """Cells, at least 3: those at 1/3 and 2/3 of the depth are reduction cells."""
+    nodes: int = 4
+    """Intermediate nodes of each cell."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ PAPER = Config(
     network=NetworkConfig(
         channels=16,  # paper: initial number of channels
         layers=8,  # paper: a small network of 8 cells
+        nodes=4,  # paper: 7 nodes, the two inputs and the output among them
     ),
     search=SearchConfig(
         estimator="unrolled",  # paper: second order; exact here, `finite_difference` is the paper's
@@ -186,7 +189,7 @@ PRESETS = {
         replace(
             DIGITS,
             data=replace(DIGITS.data, limit=128),
-            network=NetworkConfig(channels=2, layers=3),
+            network=NetworkConfig(channels=2, layers=3, nodes=2),
             search=replace(DIGITS.search, epochs=2),
             log_every=1,
         ),
@@ -271,7 +274,9 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
     train, val = data.split_search(dataset.train, config.data.train_portion)
     train_size, val_size = len(train.labels), len(val.labels)
     steps_per_epoch = len(data.epoch_indices(seed, 0, train_size, batch_size))
-    network = Supernet(config.network.channels, config.network.layers, dataset.num_classes)
+    network = Supernet(
+        config.network.channels, config.network.layers, dataset.num_classes, config.network.nodes
+    )
     schedule = w_schedule(config.search.w, config.search.epochs, steps_per_epoch)
     w, alpha = w_optimizer(config.search.w, schedule), alpha_optimizer(config.search.alpha)
     step = search.make_step(network, make_estimator(config.search, w), w, alpha)
@@ -347,6 +352,7 @@ def check(config: Config) -> None:
         ("data.crop", config.data.crop, 0),
         ("data.cutout", config.data.cutout, 0),
         ("network.channels", config.network.channels, 1),
+        ("network.nodes", config.network.nodes, 1),
         ("search.epochs", config.search.epochs, 1),
         ("seed", config.seed, 0),
         ("log-every", config.log_every, 1),

@@ -99,7 +99,7 @@ def test_paper_preset():
             "flip": True,
             "cutout": 0,
         },
-        "network": {"channels": 16, "layers": 8},
+        "network": {"channels": 16, "layers": 8, "nodes": 4},
         "search": {
             "estimator": "unrolled",
             "radius": 0.01,
