@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +121,7 @@ class Supernet:
     channels: int
     layers: int
     num_classes: int
-    nodes: int = 4
+    nodes: ClassVar[int] = 4
     primitives: tuple[str, ...] = CNN_PRIMITIVES
 
     def cells(self) -> list[tuple[int, bool, bool]]:

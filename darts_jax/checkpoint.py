@@ -34,7 +34,8 @@ def save(directory: str | Path, step: int, state: PyTree) -> Path:
         checkpointer.save(checkpoint, _to_arrays(state), force=True)
     earlier = [path for path in _checkpoints(directory) if int(path.name) < step]
     for path in directory.iterdir():
-        if path not in (checkpoint, *earlier[: KEEP - 1]):
+        ours = path.is_dir() and path.name.split(".")[0].isdigit()
+        if ours and path not in (checkpoint, *earlier[: KEEP - 1]):
             shutil.rmtree(path)
     return checkpoint
 

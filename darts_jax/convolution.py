@@ -9,6 +9,7 @@ they are closed under differentiation, forward and reverse, to any order.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -67,12 +68,13 @@ def _bilinear(
         return jax.core.ShapedArray(out.shape, out.dtype)
 
     def batch(args, dims, **params):
-        axes = tuple(None if d is batching.not_mapped else d for d in dims)
-        return jax.vmap(lambda a, b: function(a, b, **params), in_axes=axes)(*args), 0
+        return jax.vmap(lambda a, b: function(a, b, **params), in_axes=tuple(dims))(*args), 0
 
-    primitive.def_impl(
-        lambda a, b, **params: jax.jit(lambda a, b: primitive.bind(a, b, **params))(a, b)
-    )
+    @lru_cache
+    def compiled(items):  # for calls outside of jit
+        return jax.jit(lambda a, b: primitive.bind(a, b, **dict(items)))
+
+    primitive.def_impl(lambda a, b, **params: compiled(tuple(params.items()))(a, b))
     primitive.def_abstract_eval(abstract)
     mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
     ad.defbilinear(primitive, transpose_lhs, transpose_rhs)

@@ -18,7 +18,7 @@ from jax import Array
 
 from darts_jax import cells
 from darts_jax.convolution import conv
-from darts_jax.genotype import CNN_PRIMITIVES, count_nodes
+from darts_jax.genotype import CNN_PRIMITIVES, count_nodes, nearest
 from darts_jax.operations import (
     OPERATIONS,
     Moments,
@@ -216,6 +216,12 @@ class Supernet(nn.Module):
         if self.layers < 3:
             raise ValueError(
                 f"a network needs at least 3 layers, to hold 2 reduction cells; got {self.layers}"
+            )
+        known = set(self.primitives) - {"none"}
+        for name in sorted(known ^ set(self.operations)):
+            raise ValueError(
+                f"operation {name!r} must be both in operations and in primitives; "
+                f"nearest names: {nearest(name, {*known, *self.operations} - {name})}"
             )
         height, width = image_shape[1:3]
         if height % 4 or width % 4:

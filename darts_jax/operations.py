@@ -113,8 +113,8 @@ def block_diagonal(kernels: Array) -> Array:
 
 
 def first_max(a: Array, b: Array) -> Array:
-    """max(a, b), whose gradient goes to a alone where they are equal."""
-    return jnp.where(a >= b, a, b)
+    """max(a, b), NaN where either is; its gradient goes to a alone where they are equal."""
+    return jnp.where((a >= b) | jnp.isnan(a), a, b)
 
 
 def _max_pool(params, x, stride, norm):

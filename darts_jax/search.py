@@ -109,9 +109,16 @@ def init(
     )
 
 
-@lru_cache
 def make_loss(network: nn.Module, relax: Relaxation = relaxation.softmax) -> Callable:
-    """`loss(w, alpha, inputs) -> (mean cross-entropy, Aux)`, batch norm by the batch."""
+    """`loss(w, alpha, inputs) -> (mean cross-entropy, Aux)`, batch norm by the batch.
+
+    The same function for the same arguments, so that what is compiled of it is compiled once.
+    """
+    return _make_loss(network, relax)
+
+
+@lru_cache
+def _make_loss(network: nn.Module, relax: Relaxation) -> Callable:
 
     def loss(w, alpha, inputs: Inputs):
         logits, updated = network.apply(

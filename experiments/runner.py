@@ -277,10 +277,15 @@ def _open(job: Job, config: Any, workdir: Path, display: Display) -> tuple[int, 
         with display.phase("creating the parameters"):
             state = job.init()
         fresh = _Saved(state, log_size=0, epoch_seconds=0.0)
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary = workdir / "config.json.tmp"
-        temporary.write_text(json.dumps(_resolve(config), indent=2) + "\n")
-        temporary.replace(workdir / "config.json")
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            temporary = workdir / "config.json.tmp"
+            temporary.write_text(json.dumps(_resolve(config), indent=2) + "\n")
+            temporary.replace(workdir / "config.json")
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {workdir} ({error}); give another --workdir"
+            ) from error
         step, saved = checkpoint.restore_latest(workdir / CHECKPOINTS, fresh) or (0, fresh)
         return step, saved, Log(workdir, saved.log_size, step)
 

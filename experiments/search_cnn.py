@@ -183,7 +183,7 @@ PRESETS = {
             search=replace(PAPER.search, epochs=25),
         ),
     ),
-    "paper": ("CIFAR-10, every value as in the paper", PAPER),
+    "paper": ("CIFAR-10, the values of the paper", PAPER),
     "smoke": (
         "a few steps on a few digits, to see that all works",
         replace(
@@ -359,6 +359,8 @@ def check(config: Config) -> None:
     ):
         if value < least:
             raise ValueError(f"--{name} is {value}; give at least {least}")
+    if config.seed >= 2**32:
+        raise ValueError(f"--seed is {config.seed}; give less than 2**32")
 
 
 def draw(epochs: Sequence[dict[str, Any]], workdir: Path) -> genotype.Genotype:
@@ -382,7 +384,7 @@ def summary(found: genotype.Genotype, result: runner.Result, workdir: Path, comm
 
     def cell(edges: Sequence[genotype.Edge]) -> str:
         pairs = zip(edges[::2], edges[1::2], strict=True)
-        names = ("c_{k-2}", "c_{k-1}", "0", "1", "2", "3")
+        names = ("c_{k-2}", "c_{k-1}", *map(str, range(len(edges) // 2)))
         return "\n".join(
             f"{node} = " + " + ".join(f"{operation}({names[source]})" for operation, source in pair)
             for node, pair in enumerate(pairs)

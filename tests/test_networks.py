@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from darts_jax import hypergradient, relaxation, search
+from darts_jax.genotype import CNN_PRIMITIVES
 from darts_jax.networks import Supernet
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -256,4 +257,19 @@ def test_refuses(layers, size, message):
     with pytest.raises(ValueError, match=message):
         Supernet(2, layers, 10).init(
             jax.random.key(0), jnp.zeros((1, size, size, 1)), weights, train=True
+        )
+
+
+@pytest.mark.parametrize(
+    ("primitives", "message"),
+    [
+        (("none", "max_pol_3x3", *CNN_PRIMITIVES[2:]), "'max_pol_3x3'.*max_pool_3x3"),
+        (CNN_PRIMITIVES[:-1], "'dil_conv_5x5'.*dil_conv_3x3"),
+    ],
+)
+def test_refuses_an_operation_without_its_twin(primitives, message):
+    weights = {name: jnp.zeros((14, len(primitives))) for name in ("normal", "reduce")}
+    with pytest.raises(ValueError, match=message):
+        Supernet(2, 3, 10, primitives=primitives).init(
+            jax.random.key(0), jnp.zeros((1, 8, 8, 1)), weights, train=True
         )

@@ -11,7 +11,7 @@ import pytest
 from darts_jax import hypergradient, relaxation, search
 from darts_jax.networks import Supernet
 
-NETWORK = Supernet(2, 3, 10)
+NETWORK = Supernet(2, 3, 10, nodes=1)
 IMAGE_SHAPE = (8, 8, 1)
 STEPS = 5
 COMPILATION = "/jax/core/compile/backend_compile_duration"
@@ -127,13 +127,13 @@ def test_init(run):
     assert jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key)
     assert set(state.alpha) == {"normal", "reduce"}
     for alpha in state.alpha.values():
-        assert alpha.shape == (14, 8) and alpha.dtype == jnp.float32
+        assert alpha.shape == (2, 8) and alpha.dtype == jnp.float32
         assert 0.5e-3 < alpha.std() < 2e-3 and jnp.abs(alpha.mean()) < 0.5e-3
     assert differs(state.alpha["normal"], state.alpha["reduce"])
     floats = jax.tree.leaves((state.w, state.batch_stats))
     assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
     assert state.w["stem"].shape == (3, 3, 1, 6)
-    assert state.w["head_kernel"].shape == (4 * 8, 10)  # two reductions of 2 channels, 4 nodes
+    assert state.w["head_kernel"].shape == (8, 10)  # two reductions of 2 channels, 4 nodes
     assert set(state.w) == {"stem", "stem_norm", "head_kernel", "head_bias"} | {
         f"cell_{i}" for i in range(3)
     }
