@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -282,16 +283,17 @@ def environment() -> dict[str, Any]:
 
 def table(measurements: list[dict[str, Any]]) -> Table:
     """The figures as a person reads them."""
-    columns = ("compile s", "iteration s", "min s", "CPU s", "peak MB", "XLA temp MB")
-    view = Table(title="One iteration of the search: alpha, then w")
-    for name in ("size", "estimator", "implementation"):
-        view.add_column(name)
-    for name in columns:
+    view = Table(
+        title="One iteration of the search: alpha, then w", box=box.SIMPLE, padding=(0, 1, 0, 0)
+    )
+    for name in ("", "estimator", "code"):
+        view.add_column(name, no_wrap=True)
+    for name in ("compile s", "median s", "min s", "CPU s", "peak MB", "XLA MB"):
         view.add_column(name, justify="right")
     for m in measurements:
         names = (m["size"], m["estimator"], m["implementation"])
         if "error" in m:
-            view.add_row(*names, m["error"])
+            view.add_row(*names, "failed")
             continue
         wall, cpu = m["iteration_seconds"], m["iteration_cpu_seconds"]
         temp = "" if m["temp_bytes"] is None else f"{m['temp_bytes'] / 1e6:.0f}"
@@ -326,10 +328,13 @@ def main(config: Config) -> None:
         report["environment"]["load_average_after"] = os.getloadavg()
         config.output.write_text(json.dumps(report, indent=1) + "\n")
     console.print(table(report["measurements"]))
+    for m in report["measurements"]:
+        if "error" in m:
+            console.print(f"{m['size']} {m['estimator']} {m['implementation']}: {m['error']}")
     details = report["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in details["versions"].items())
-    loads = (f"{details[key][0]:.1f}" for key in ("load_average", "load_average_after"))
-    console.print(f"{details['cpu_count']} CPUs, load average {' before, '.join(loads)} after")
+    before, after = details["load_average"][0], details["load_average_after"][0]
+    console.print(f"{details['cpu_count']} CPUs, load average {before:.1f} to {after:.1f}")
     console.print(f"Python {details['python']}, {versions}")
     console.print(f"written to {config.output}")
 

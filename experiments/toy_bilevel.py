@@ -7,20 +7,23 @@ w = alpha = 2 / (1 + 2 xi) instead: at 2 for the first-order estimator, whose xi
 optimum for xi = 0.5.
 
     python -m experiments.toy_bilevel
-    python -m experiments.toy_bilevel default --xi 0.1 0.9 --start -1 3
+    python -m experiments.toy_bilevel --xi 0.1 0.9 --start -1 3
 """
 
 import dataclasses
 import functools
+import sys
+from collections.abc import Sequence
 
 import jax
 import optax
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from darts_jax import hypergradient
+from experiments import runner
 
+MODULE = "experiments.toy_bilevel"
 PROBLEM = hypergradient.Bilevel(
     train_loss=lambda w, alpha, _: (w - alpha) ** 2,
     val_loss=lambda w, alpha, _: alpha * w - 2 * alpha + 1,
@@ -71,28 +74,26 @@ def search(name: str, xi: float, config: Config) -> tuple[jax.Array, jax.Array]:
     return jax.lax.fori_loop(0, config.num_steps, step, config.start)
 
 
-def main(config: Config) -> None:
+def run(argv: Sequence[str]) -> None:
     """Print where each estimator ends for each xi, beside the fixed point 2 / (1 + 2 xi)."""
+    with runner.user_errors():
+        _, config = runner.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
     table = Table(title="Toy bilevel problem (optimum: w = alpha = 1)")
     for column in ("start", "xi", "estimator", "final (w, alpha)", "fixed point"):
         table.add_column(column, no_wrap=True)
-    runs = [("first_order", 0.0)]
-    runs += [(name, xi) for xi in config.xi for name in ("unrolled", "finite_difference")]
+    cases = [("first_order", 0.0)]
+    cases += [(name, xi) for xi in config.xi for name in ("unrolled", "finite_difference")]
     start = "({:g}, {:g})".format(*config.start)
-    for name, xi in runs:
+    for name, xi in cases:
         final = "({:.4f}, {:.4f})".format(*search(name, xi, config))
         table.add_row(start, f"{xi:g}", name, final, f"{2 / (1 + 2 * xi):.4f}")
     Console().print(table)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code (see `experiments.runner`)."""
+    return runner.guard(MODULE, run, argv)
+
+
 if __name__ == "__main__":
-    main(
-        tyro.cli(
-            tyro.extras.subcommand_type_from_defaults(
-                {name: config for name, (_, config) in PRESETS.items()},
-                {name: description for name, (description, _) in PRESETS.items()},
-            ),
-            default=PRESETS["default"][1],
-            description=__doc__,
-        )
-    )
+    sys.exit(main())

@@ -1,11 +1,14 @@
 """The rivals of the benchmark are the network and the iteration that they claim to be."""
 
+import json
+from concurrent.futures.process import BrokenProcessPool
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import ordinary
+from benchmarks import ordinary, search_step
 from darts_jax import networks, relaxation, search
 
 COUNTS = ["C4_L5", "C4_L6", "C8_L8", "C16_L8"]
@@ -59,6 +62,30 @@ def losses(x64):
 def test_ordinary_is_the_same_network(losses):
     fast, plain, point = losses
     np.testing.assert_allclose(plain(*point), fast(*point), rtol=1e-9)
+
+
+def test_report_holds_every_case_and_what_failed(monkeypatch, tmp_path, capsys):
+    seconds = [search_step.Iteration(9.0, 18.0), search_step.Iteration(2.0, 3.0)]
+
+    def run(case, iterations, cache):
+        if case.implementation == "ordinary":
+            raise BrokenProcessPool
+        return search_step.Run(seconds[0], seconds[1:] * iterations, 10**8, None)
+
+    monkeypatch.setattr(search_step, "in_new_process", run)
+    output = tmp_path / "new" / "report.json"
+    config = search_step.Config(("S",), ("unrolled",), ("ordinary",), output=output)
+    search_step.main(config)
+    report = json.loads(output.read_text())
+    assert report["sizes"] == {"S": {"channels": 4, "layers": 4, "batch": 16}}
+    assert report["environment"]["versions"]["jax"] == jax.__version__
+    measured, failed = report["measurements"]
+    assert (measured["implementation"], failed["implementation"]) == ("darts_jax", "ordinary")
+    assert measured["compile_seconds"] == 7 and measured["compile_cpu_seconds"] == 15
+    assert measured["iteration_seconds"] == {"median": 2, "min": 2, "all": [2] * 15}
+    assert measured["peak_bytes"] == 10**8
+    assert "killed" in failed["error"]
+    assert str(output.name) in capsys.readouterr().out.replace("\n", "")
 
 
 @pytest.fixture
