@@ -284,11 +284,11 @@ def environment() -> dict[str, Any]:
 def table(measurements: list[dict[str, Any]]) -> Table:
     """The figures as a person reads them."""
     view = Table(
-        title="One iteration of the search: alpha, then w", box=box.SIMPLE, padding=(0, 1, 0, 0)
+        title="Seconds of one iteration, alpha then w", box=box.SIMPLE, padding=(0, 1, 0, 0)
     )
     for name in ("", "estimator", "code"):
         view.add_column(name, no_wrap=True)
-    for name in ("compile s", "median s", "min s", "CPU s", "peak MB", "XLA MB"):
+    for name in ("compile", "median", "min", "CPU", "peak MB", "XLA MB"):
         view.add_column(name, justify="right")
     for m in measurements:
         names = (m["size"], m["estimator"], m["implementation"])

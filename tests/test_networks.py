@@ -8,6 +8,7 @@ import layout
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from darts_jax import hypergradient, relaxation, search
 from darts_jax.genotype import CNN_PRIMITIVES
@@ -125,14 +126,16 @@ def inner_optimizer(recorded):
 
 def with_momentum(optimizer, problem):
     """The optimizer's initial state, but with the recorded momentum buffers."""
+
+    def replace(node):
+        if not isinstance(node, optax.TraceState):
+            return node
+        momentum = problem["momentum"]
+        flat = isinstance(node.trace, jax.Array)
+        return node._replace(trace=ravel_pytree(momentum)[0] if flat else momentum)
+
     state = optimizer.init(problem["w"])
-    return jax.tree.map(
-        lambda node: (
-            node._replace(trace=problem["momentum"]) if isinstance(node, optax.TraceState) else node
-        ),
-        state,
-        is_leaf=lambda node: isinstance(node, optax.TraceState),
-    )
+    return jax.tree.map(replace, state, is_leaf=lambda node: isinstance(node, optax.TraceState))
 
 
 def estimate(make, problem, recorded, **options):

@@ -146,7 +146,7 @@ def test_help_explains_each_field(capsys, monkeypatch):
     explained = search_cnn.__file__
     source = Path(explained).read_text().splitlines()
     names = list(leaves(PRESETS["paper"][1]))
-    assert len(names) == 25
+    assert len(names) == 26
     for name in names:
         assert f"--{name.replace('_', '-')}" in output
         last = name.split(".")[-1]
