@@ -13,7 +13,7 @@ from darts_jax.networks import Supernet
 
 NETWORK = Supernet(2, 3, 10, nodes=1)
 IMAGE_SHAPE = (8, 8, 1)
-STEPS = 5
+STEPS = 8
 COMPILATION = "/jax/core/compile/backend_compile_duration"
 W_OPTIMIZER = optax.chain(
     optax.clip_by_global_norm(5.0), optax.add_decayed_weights(3e-4), optax.sgd(0.05, momentum=0.9)
