@@ -34,6 +34,7 @@ def save(directory: str | Path, step: int, state: PyTree) -> Path:
         checkpointer.save(checkpoint, _to_arrays(state), force=True)
     earlier = [path for path in _checkpoints(directory) if int(path.name) < step]
     for path in directory.iterdir():
+        # A number, or a number with Orbax's suffix for what was cut short; nothing else is ours.
         ours = path.is_dir() and path.name.split(".")[0].isdigit()
         if ours and path not in (checkpoint, *earlier[: KEEP - 1]):
             shutil.rmtree(path)

@@ -218,7 +218,9 @@ class Supernet(nn.Module):
                 f"a network needs at least 3 layers, to hold 2 reduction cells; got {self.layers}"
             )
         known = set(self.primitives) - {"none"}
-        for name in sorted(known ^ set(self.operations)):
+        unmatched = sorted(known ^ set(self.operations))
+        if unmatched:
+            name = unmatched[0]
             raise ValueError(
                 f"operation {name!r} must be both in operations and in primitives; "
                 f"nearest names: {nearest(name, {*known, *self.operations} - {name})}"

@@ -119,7 +119,6 @@ def make_loss(network: nn.Module, relax: Relaxation = relaxation.softmax) -> Cal
 
 @lru_cache
 def _make_loss(network: nn.Module, relax: Relaxation) -> Callable:
-
     def loss(w, alpha, inputs: Inputs):
         logits, updated = network.apply(
             {"params": w, "batch_stats": inputs.batch_stats},

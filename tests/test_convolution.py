@@ -8,36 +8,16 @@ import numpy as np
 import pytest
 from jax import lax
 
+from benchmarks.ordinary import conv as ordinary_conv
 from darts_jax.convolution import conv, depthwise
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-LAYOUT = ("NHWC", "HWIO", "NHWC")
 BATCH, HEIGHT, WIDTH = 2, 7, 6
 
 
-def ordinary_conv(x, kernel, stride=1, padding=0, dilation=1):
-    sides = [(padding, padding)] * 2
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        sides,
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=LAYOUT,
-    )
-
-
 def ordinary_depthwise(x, kernel):
-    size, channels = kernel.shape[0], kernel.shape[2]
-    return lax.conv_general_dilated(
-        x,
-        kernel[:, :, None],
-        (1, 1),
-        [(size // 2, size // 2)] * 2,
-        dimension_numbers=LAYOUT,
-        feature_group_count=channels,
-    )
+    return ordinary_conv(x, kernel[:, :, None], padding=kernel.shape[0] // 2, groups=x.shape[3])
 
 
 def dense(kernel, stride=1, padding=0, dilation=1):
