@@ -222,22 +222,18 @@ def mixed_operation(
         else:
             unnormalized = unnormalized + y * column
 
-    # The statistics of all operations side by side: a few array operations, not a few for each.
-    def stack(values):
-        return jnp.stack([jnp.broadcast_to(value, shape) for value in values])
-
+    # All outputs side by side: a few array operations, not a few for each.
+    full = [jnp.broadcast_to(y, (*y.shape[:3], *shape)) for y in outputs.values()]
+    beside = lax.concatenate([y[..., None, :, :] for y in full], 3)
     if running is None:
-        statistics = [moments(y) for y in outputs.values()]
+        batch = moments(beside)
     else:
-        statistics = [running[name, "norm"] for name in outputs]
-    mean, var = (stack(part) for part in zip(*statistics, strict=True))
-    scale = jnp.stack(mix) * lax.rsqrt(var + EPSILON)
-    total = sum(y * s for y, s in zip(outputs.values(), _unstack(scale), strict=True))
-    total = total - (scale * mean).sum(0) + unnormalized
+        batch = jax.tree.map(lambda *m: jnp.stack(m), *(running[name, "norm"] for name in outputs))
+    scale = jnp.stack(mix) * lax.rsqrt(batch.var + EPSILON)
+    total = (beside * scale).sum(3) - (scale * batch.mean).sum(0) + unnormalized
     if running is not None:
         return total, []
-    count = math.prod(total.shape[:3])
-    last = unbiased(Moments(mean, var), count)
+    last = unbiased(batch, math.prod(total.shape[:3]))
     return total, [*inner_moments, jax.tree.map(lambda m: m.reshape(-1, shape[1]), last)]
 
 

@@ -55,10 +55,19 @@ class Operation(NamedTuple):
     normalized: Callable[[int], bool] = lambda stride: True
 
 
+@jax.custom_jvp
 def moments(y: Array) -> Moments:
     """Mean and biased variance over batch and space of y [N, H, W, ...]."""
     mean = y.mean((0, 1, 2))
     return Moments(mean, lax.square(y - mean).mean((0, 1, 2)))
+
+
+@moments.defjvp
+def _moments_jvp(primals, tangents):
+    # The variance does not change to first order with the mean that it is taken around.
+    (y,), (y_dot,) = primals, tangents
+    batch = moments(y)
+    return batch, Moments(y_dot.mean((0, 1, 2)), 2 * ((y - batch.mean) * y_dot).mean((0, 1, 2)))
 
 
 def normalize(y: Array, stats: Moments) -> Array:
