@@ -121,7 +121,8 @@ def relaxed(
     by_source = weights[order[:, None], np.array([columns[name] for name in operations])]
     rows = lax.split(by_source, [len(source.edges) for source in groups], axis=0)
     states, nodes = list(inputs), {}
-    gathered: list[Moments] = []
+    nothing = jnp.zeros((0, inputs[0].shape[-1]), inputs[0].dtype)
+    gathered = [Moments(nothing, nothing)]
     for i, (source, source_weights, part) in enumerate(zip(groups, rows, parts, strict=True)):
         if i >= 2:
             states.append(nodes[i][..., 0, :])
@@ -222,9 +223,12 @@ def mixed_operation(
         else:
             unnormalized = unnormalized + y * column
 
+    if not outputs:
+        return unnormalized, inner_moments
     # All outputs side by side: a few array operations, not a few for each.
-    full = [jnp.broadcast_to(y, (*y.shape[:3], *shape)) for y in outputs.values()]
-    beside = lax.concatenate([y[..., None, :, :] for y in full], 3)
+    beside = lax.concatenate(
+        [jnp.broadcast_to(y, (*y.shape[:3], *shape))[:, :, :, None] for y in outputs.values()], 3
+    )
     if running is None:
         batch = moments(beside)
     else:
@@ -235,8 +239,3 @@ def mixed_operation(
         return total, []
     last = unbiased(batch, math.prod(total.shape[:3]))
     return total, [*inner_moments, jax.tree.map(lambda m: m.reshape(-1, shape[1]), last)]
-
-
-def _unstack(x: Array) -> list[Array]:
-    """The slices of the first axis. Split: the gradient is a concatenation, not a sum of pads."""
-    return [part.reshape(part.shape[1:]) for part in lax.split(x, [1] * x.shape[0], axis=0)]

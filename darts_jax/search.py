@@ -3,11 +3,11 @@
 `init` makes a state, `make_step` a function from a state and two batches to the next state and
 metrics. Everything that continues a search is in the state. The step is made of jitted stages: as
 it is, they are compiled apart, and a stage that is used three times is compiled once. It can also
-be jitted as a whole, donated, and mapped over seeds.
+be jitted as a whole, and mapped over seeds.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -98,14 +98,18 @@ def init(
     alpha = {name: ALPHA_SCALE * jax.random.normal(k, shape) for name, k in keys.items()}
     variables = network.init(w_key, jnp.zeros((1, *image_shape)), alpha, train=True)
     w = variables["params"]
+
+    def fresh(opt_state):  # an optimizer may return w itself, which cannot be donated twice
+        return jax.device_put(opt_state, may_alias=False)
+
     return SearchState(
         step=jnp.zeros((), jnp.int32),
         key=state_key,
         w=w,
         alpha=alpha,
         batch_stats=variables["batch_stats"],
-        w_opt_state=w_optimizer.init(w),
-        alpha_opt_state=alpha_optimizer.init(alpha),
+        w_opt_state=fresh(w_optimizer.init(w)),
+        alpha_opt_state=fresh(alpha_optimizer.init(alpha)),
     )
 
 
@@ -141,6 +145,9 @@ def make_step(
 ) -> Callable[[SearchState, Batch, Batch], tuple[SearchState, Metrics]]:
     """`step(state, train_batch, val_batch) -> (state, Metrics)`: one iteration, alpha first.
 
+    The state is donated: weights, alpha and optimizer states are updated where they lie, and the
+    state that was passed in must not be used again.
+
     Running statistics advance with the weight step alone: the passes that an estimator makes are
     not training.
 
@@ -155,18 +162,15 @@ def make_step(
     estimate = estimator(Bilevel(loss, loss, has_aux=True))
     differentiate = value_and_grad(loss, True)
 
-    @jax.jit
+    @partial(jax.jit, donate_argnames=("opt_state", "alpha"))
     def alpha_step(gradient, opt_state, alpha):
         updates, opt_state = alpha_optimizer.update(gradient, opt_state, alpha)
         return optax.apply_updates(alpha, updates), opt_state
 
-    @jax.jit
-    def w_step(state, gradient, batch_stats):
-        updates, opt_state = w_optimizer.update(gradient, state.w_opt_state, state.w)
-        w = optax.apply_updates(state.w, updates)
-        return state._replace(
-            step=state.step + 1, w=w, w_opt_state=opt_state, batch_stats=batch_stats
-        )
+    @partial(jax.jit, donate_argnames=("count", "opt_state", "w"))
+    def w_step(gradient, count, opt_state, w):
+        updates, opt_state = w_optimizer.update(gradient, opt_state, w)
+        return count + 1, optax.apply_updates(w, updates), opt_state
 
     @jax.jit
     def summarize(train, train_label, w_gradient, val_value, val_aux, val_label, hypergradient):
@@ -194,8 +198,11 @@ def make_step(
             val_batch.label,
             hyper.gradient,
         )
-        state = state._replace(alpha=alpha, alpha_opt_state=alpha_opt_state)
-        return w_step(state, gradient, train.aux.batch_stats), metrics
+        count, w, w_opt_state = w_step(gradient, state.step, state.w_opt_state, state.w)
+        state = SearchState(
+            count, state.key, w, alpha, train.aux.batch_stats, w_opt_state, alpha_opt_state
+        )
+        return state, metrics
 
     return step
 

@@ -56,8 +56,8 @@ class Job(NamedTuple):
     Attributes:
       name: of the step, as "search step".
       init: makes the state before the first step, outside of jit.
-      train_step: (state, data, batch) -> (state, NamedTuple of scalar metrics); pure, and made of
-        jitted functions.
+      train_step: (state, data, batch) -> (state, NamedTuple of scalar metrics); pure, made of
+        jitted functions, and free to donate the state.
       eval_step: (state, data, batch) -> ({metric: sum over the batch}, number of samples); so too.
       data: pytree of arrays on the device, an argument of both steps at every call.
       train_batches: epoch, from 0 -> its batches, `steps_per_epoch` pytrees of arrays of one shape;
@@ -244,7 +244,9 @@ def run(job: Job, config: Any, workdir: Path, log_every: int, display: Display) 
                 ("evaluation", job.eval_step, job.eval_batches[0]),
             )
             for name, function, batch in examples:
-                call = partial(function, saved.state, job.data, batch)
+                # Of a copy, since a step may donate the state.
+                copy = jax.device_put(saved.state, may_alias=False)
+                call = partial(function, copy, job.data, batch)
                 _compile(call, name, step, display, stop)
             compile_seconds = time.monotonic() - start
 

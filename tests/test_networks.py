@@ -216,6 +216,7 @@ def test_trajectory(recorded, problem, kind):
         w_opt_state=with_momentum(w_optimizer, problem),
         alpha_opt_state=alpha_optimizer.init(problem["alpha"]),
     )
+    state = jax.device_put(state, may_alias=False)  # the step donates it, and the problem is shared
     recorded_norms = recorded[f"traj/{kind}/w_final_norm"]
     for i in range(3):
         batches = []

@@ -66,6 +66,11 @@ def differs(a, b):
     )
 
 
+def copy(state):
+    """For a step, which donates the state that it is given."""
+    return jax.device_put(state, may_alias=False)
+
+
 class Run(NamedTuple):
     states: list
     metrics: list
@@ -80,18 +85,19 @@ def step():
 @pytest.fixture(scope="module")
 def run(step):
     """STEPS steps on the same batches: states, metrics, and programs compiled by each step."""
-    compilations = []
+    events, compilations = [], []
 
     def listen(event, duration, **_):
-        if event == COMPILATION:
-            compilations[-1] += 1
+        events.append(event)
 
     states, metrics = [init()], []
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         for _ in range(STEPS):
-            compilations.append(0)
-            state, measured = step(states[-1], TRAIN, VAL)
+            state = copy(states[-1])
+            events.clear()
+            state, measured = step(state, TRAIN, VAL)
+            compilations.append(events.count(COMPILATION))
             states.append(state)
             metrics.append(measured)
     finally:
@@ -112,6 +118,24 @@ def test_same_seed_same_bits(run, step):
         state, metrics = step(state, TRAIN, VAL)
         assert_same_bits(state, expected)
         assert_same_bits(metrics, expected_metrics)
+
+
+def test_donates_the_state(step):
+    state = init()
+    step(state, TRAIN, VAL)
+    moved = (state.step, state.w, state.alpha, state.w_opt_state, state.alpha_opt_state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(moved))
+
+
+def test_optimizer_state_that_is_the_weights_can_be_donated():
+    def update(updates, state, params):
+        return jax.tree.map(lambda g: -0.1 * g, updates), optax.apply_updates(state, updates)
+
+    keeps_params = optax.GradientTransformation(lambda params: params, update)
+    state = search.init(jax.random.key(0), NETWORK, keeps_params, ALPHA_OPTIMIZER, IMAGE_SHAPE)
+    step = search.make_step(NETWORK, hypergradient.first_order, keeps_params, ALPHA_OPTIMIZER)
+    state, _ = step(state, TRAIN, VAL)
+    assert state.step == 1
 
 
 def test_other_seed_other_start(run):
@@ -266,8 +290,8 @@ def test_whole_step_compiled_equals_the_stages(run, step):
             )
 
         state, train, val = double((run.states[1], TRAIN, VAL))
-        staged = step(state, train, val)
-        whole = jax.jit(step)(state, train, val)
+        staged = step(copy(state), train, val)
+        whole = jax.jit(step, donate_argnums=0)(copy(state), train, val)
         for a, b in zip(jax.tree.leaves(staged), jax.tree.leaves(whole), strict=True):
             if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
                 continue
@@ -278,8 +302,8 @@ def test_whole_step_compiled_equals_the_stages(run, step):
 def test_unrolled_step(run, step):
     """The exact estimator moves alpha elsewhere, and shares everything else with first order."""
     state = run.states[1]
-    exact, metrics = make_step(unrolled)(state, TRAIN, VAL)
-    first, first_metrics = step(state, TRAIN, VAL)
+    exact, metrics = make_step(unrolled)(copy(state), TRAIN, VAL)
+    first, first_metrics = step(copy(state), TRAIN, VAL)
     assert exact.step == first.step
     assert differs(exact.alpha, first.alpha)
     assert metrics.hypergradient_norm != first_metrics.hypergradient_norm
