@@ -208,18 +208,19 @@ def _read_tfds(name: str, path: str | None) -> tuple[Split, Split]:
     )
     if importlib.util.find_spec("tensorflow_datasets") is None:
         raise ValueError(f"dataset {name!r} needs tensorflow_datasets; {remedy}")
+    if importlib.util.find_spec("array_record") is None:  # which that installs on Linux alone
+        raise ValueError(f"dataset {name!r} needs array_record; pip install array_record")
     import tensorflow_datasets as tfds
 
     with _quiet_absl():
-        try:
-            builder = tfds.builder(name, data_dir=path, file_format="array_record")
-        except ValueError as error:  # the format on disk is not the one asked for
-            raise ValueError(
-                f"dataset {name!r} is prepared in another format than array_record; move it away"
-                f" and {remedy}"
-            ) from error
+        builder = tfds.builder(name, data_dir=path)
         if not builder.is_prepared():
             raise ValueError(f"dataset {name!r} is not prepared in {builder.data_dir}; {remedy}")
+        if "array_record" not in {form.value for form in builder.info.available_file_formats()}:
+            raise ValueError(
+                f"dataset {name!r} in {builder.data_dir} is prepared in another format than"
+                f" array_record; move it away and {remedy}"
+            )
         source = builder.as_data_source()
         return _stack(source["train"]), _stack(source["test"])
 

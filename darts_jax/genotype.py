@@ -19,6 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from darts_jax import published
+from darts_jax.files import write_text
+
 Edge = tuple[str, int]
 
 # Candidate operations of the convolutional search space, in the order of alpha's columns.
@@ -52,6 +55,11 @@ class Genotype(NamedTuple):
     normal_concat: tuple[int, ...]
     reduce: tuple[Edge, ...]
     reduce_concat: tuple[int, ...]
+
+
+PUBLISHED: Mapping[str, Genotype] = MappingProxyType(
+    {name: Genotype(**cells) for name, cells in published.CELLS.items()}
+)
 
 
 def edges(num_nodes: int, num_inputs: int = CNN_NUM_INPUTS) -> tuple[tuple[int, int], ...]:
@@ -143,8 +151,12 @@ def derive(alpha: Mapping[str, ArrayLike], primitives: Sequence[str] = CNN_PRIMI
     return Genotype(**cells)
 
 
-def validate(genotype: Genotype) -> Genotype:
+def validate(genotype: Genotype, operations: Sequence[str] = CNN_OPERATIONS) -> Genotype:
     """Returns the genotype, every sequence in it a tuple, if an evaluation network can be built.
+
+    Args:
+      genotype: what to validate.
+      operations: names that it may use; by default those of the original.
 
     Raises:
       ValueError: naming the field, what is wrong with it, and what would be right.
@@ -153,7 +165,7 @@ def validate(genotype: Genotype) -> Genotype:
     for name in ("normal", "reduce"):
         cell = getattr(genotype, name)
         concat = getattr(genotype, f"{name}_concat")
-        cells[name] = _valid_edges(name, cell, CNN_OPERATIONS, CNN_EDGES_PER_NODE, CNN_NUM_INPUTS)
+        cells[name] = _valid_edges(name, cell, operations, CNN_EDGES_PER_NODE, CNN_NUM_INPUTS)
         num_states = CNN_NUM_INPUTS + len(cell) // CNN_EDGES_PER_NODE
         cells[f"{name}_concat"] = _valid_concat(
             f"{name}_concat", concat, range(CNN_NUM_INPUTS, num_states)
@@ -161,15 +173,22 @@ def validate(genotype: Genotype) -> Genotype:
     return Genotype(**cells)
 
 
-def to_json(genotype: Genotype) -> str:
-    """Returns the genotype as JSON text, one field a line; `from_json` gives back its equal."""
-    fields = validate(genotype)._asdict()
+def to_json(genotype: Genotype, operations: Sequence[str] = CNN_OPERATIONS) -> str:
+    """Returns the genotype as JSON text, one field a line; `from_json` gives back its equal.
+
+    Args and raises: as `validate`.
+    """
+    fields = validate(genotype, operations)._asdict()
     lines = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def from_json(text: str) -> Genotype:
+def from_json(text: str, operations: Sequence[str] = CNN_OPERATIONS) -> Genotype:
     """Reads a genotype from JSON text.
+
+    Args:
+      text: an object with the fields of `Genotype`.
+      operations: names that it may use.
 
     Raises:
       ValueError: if the text is not JSON, a field is missing, unknown or given twice, or the
@@ -201,29 +220,35 @@ def from_json(text: str) -> Genotype:
     for name in Genotype._fields:
         if name not in fields:
             raise ValueError(f"field {name!r} is missing; add it")
-    return validate(Genotype(**fields))
+    return validate(Genotype(**fields), operations)
 
 
-def save(genotype: Genotype, path: str | os.PathLike[str]) -> None:
+def save(
+    genotype: Genotype,
+    path: str | os.PathLike[str],
+    operations: Sequence[str] = CNN_OPERATIONS,
+) -> None:
     """Writes the genotype to a JSON file, whole or not at all.
+
+    Args:
+      genotype: what to write.
+      path: of the file.
+      operations: names that the genotype may use.
 
     Raises:
       ValueError: if the genotype is not valid; nothing is written then.
     """
-    path = Path(path)
-    text = to_json(genotype)
-    # A reader, or a resumed run, sees the old file or the new one: a rename is atomic, a write
-    # is not. The temporary file lies beside it because a rename cannot cross file systems.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(text.encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, to_json(genotype, operations))
 
 
-def load(path_or_name: str | os.PathLike[str]) -> Genotype:
+def load(
+    path_or_name: str | os.PathLike[str], operations: Sequence[str] = CNN_OPERATIONS
+) -> Genotype:
     """Returns a published cell by its name, or reads the JSON file at a path.
+
+    Args:
+      path_or_name: of the file, or one of `PUBLISHED`.
+      operations: names that a file may use.
 
     Raises:
       ValueError: if it is neither, or the file cannot be read, is larger than 1 MB, or holds no
@@ -247,7 +272,7 @@ def load(path_or_name: str | os.PathLike[str]) -> Genotype:
     if len(content) > MAX_FILE_BYTES:
         raise ValueError(f"{path}: larger than 1 MB, so not a genotype; give another file")
     try:
-        return from_json(content.decode())
+        return from_json(content.decode(), operations)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text; write genotypes with `save`") from error
     except ValueError as error:
@@ -331,84 +356,3 @@ def _valid_concat(field: str, concat: Any, nodes: range) -> tuple[int, ...]:
     if len(set(concat)) < len(concat):
         raise ValueError(f"field {field!r} holds a node twice; {needs}")
     return tuple(concat)
-
-
-# The published cells, one node a line.
-# fmt: off
-# NASNet-A: Zoph et al. 2018, arXiv 1707.07012, in the encoding of quark0/darts.
-NASNet = Genotype(
-    normal=(
-        ("sep_conv_5x5", 1), ("sep_conv_3x3", 0),
-        ("sep_conv_5x5", 0), ("sep_conv_3x3", 0),
-        ("avg_pool_3x3", 1), ("skip_connect", 0),
-        ("avg_pool_3x3", 0), ("avg_pool_3x3", 0),
-        ("sep_conv_3x3", 1), ("skip_connect", 1),
-    ),
-    normal_concat=(2, 3, 4, 5, 6),
-    reduce=(
-        ("sep_conv_5x5", 1), ("sep_conv_7x7", 0),
-        ("max_pool_3x3", 1), ("sep_conv_7x7", 0),
-        ("avg_pool_3x3", 1), ("sep_conv_5x5", 0),
-        ("skip_connect", 3), ("avg_pool_3x3", 2),
-        ("sep_conv_3x3", 2), ("max_pool_3x3", 1),
-    ),
-    reduce_concat=(4, 5, 6),
-)
-# AmoebaNet-A: Real et al. 2019, arXiv 1802.01548, in the encoding of quark0/darts.
-AmoebaNet = Genotype(
-    normal=(
-        ("avg_pool_3x3", 0), ("max_pool_3x3", 1),
-        ("sep_conv_3x3", 0), ("sep_conv_5x5", 2),
-        ("sep_conv_3x3", 0), ("avg_pool_3x3", 3),
-        ("sep_conv_3x3", 1), ("skip_connect", 1),
-        ("skip_connect", 0), ("avg_pool_3x3", 1),
-    ),
-    normal_concat=(4, 5, 6),
-    reduce=(
-        ("avg_pool_3x3", 0), ("sep_conv_3x3", 1),
-        ("max_pool_3x3", 0), ("sep_conv_7x7", 2),
-        ("sep_conv_7x7", 0), ("avg_pool_3x3", 1),
-        ("max_pool_3x3", 0), ("max_pool_3x3", 1),
-        ("conv_7x1_1x7", 0), ("sep_conv_3x3", 5),
-    ),
-    reduce_concat=(3, 4, 6),
-)
-# First order: Liu et al. 2019, arXiv 1806.09055, as released in quark0/darts.
-DARTS_V1 = Genotype(
-    normal=(
-        ("sep_conv_3x3", 1), ("sep_conv_3x3", 0),
-        ("skip_connect", 0), ("sep_conv_3x3", 1),
-        ("skip_connect", 0), ("sep_conv_3x3", 1),
-        ("sep_conv_3x3", 0), ("skip_connect", 2),
-    ),
-    normal_concat=(2, 3, 4, 5),
-    reduce=(
-        ("max_pool_3x3", 0), ("max_pool_3x3", 1),
-        ("skip_connect", 2), ("max_pool_3x3", 0),
-        ("max_pool_3x3", 0), ("skip_connect", 2),
-        ("skip_connect", 2), ("avg_pool_3x3", 0),
-    ),
-    reduce_concat=(2, 3, 4, 5),
-)
-# Second order: Liu et al. 2019, arXiv 1806.09055, as released in quark0/darts.
-DARTS_V2 = Genotype(
-    normal=(
-        ("sep_conv_3x3", 0), ("sep_conv_3x3", 1),
-        ("sep_conv_3x3", 0), ("sep_conv_3x3", 1),
-        ("sep_conv_3x3", 1), ("skip_connect", 0),
-        ("skip_connect", 0), ("dil_conv_3x3", 2),
-    ),
-    normal_concat=(2, 3, 4, 5),
-    reduce=(
-        ("max_pool_3x3", 0), ("max_pool_3x3", 1),
-        ("skip_connect", 2), ("max_pool_3x3", 1),
-        ("max_pool_3x3", 0), ("skip_connect", 2),
-        ("skip_connect", 2), ("max_pool_3x3", 1),
-    ),
-    reduce_concat=(2, 3, 4, 5),
-)
-# fmt: on
-
-PUBLISHED: Mapping[str, Genotype] = MappingProxyType(
-    {"DARTS_V1": DARTS_V1, "DARTS_V2": DARTS_V2, "NASNet": NASNet, "AmoebaNet": AmoebaNet}
-)

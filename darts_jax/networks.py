@@ -18,7 +18,7 @@ from jax import Array
 
 from darts_jax import cells
 from darts_jax.convolution import conv
-from darts_jax.genotype import CNN_PRIMITIVES, count_nodes, nearest
+from darts_jax.genotype import CNN_PRIMITIVES, count_nodes, edges, nearest
 from darts_jax.operations import (
     OPERATIONS,
     Moments,
@@ -42,6 +42,8 @@ def uniform_fan_in(key: Array, shapes: PyTree, num_batch_axes: int = 0) -> PyTre
     dense [k, k, C, D], depthwise [k, k, C] and pointwise [C, D] kernels alike.
     """
     leaves, treedef = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    if not leaves:
+        return shapes
     ends = list(itertools.accumulate(math.prod(shape) for shape in leaves))
     draw = jax.random.uniform(key, (ends[-1],), minval=-1, maxval=1)
     # One draw for all leaves, cut by NumPy: an eager draw or slice a leaf takes seconds to compile.
@@ -191,9 +193,10 @@ class Supernet(nn.Module):
           [N, num_classes].
 
         Raises:
-          ValueError: for fewer than 3 layers, or an image size that does not halve twice.
+          ValueError: for fewer than 3 layers, an image size that does not halve twice, an operation
+            that is not both in operations and in primitives, or weights of another shape.
         """
-        self._check(x.shape)
+        self._check(x.shape, weights)
         channels = self.channels
         stem = self.param("stem", uniform_fan_in, (3, 3, x.shape[-1], STEM_MULTIPLIER * channels))
         older = newer = Norm(affine=True, name="stem_norm")(conv(x, stem, padding=1), train)
@@ -212,7 +215,7 @@ class Supernet(nn.Module):
         bias = self.param("head_bias", nn.initializers.zeros, (self.num_classes,))
         return features @ kernel + bias
 
-    def _check(self, image_shape: tuple[int, ...]) -> None:
+    def _check(self, image_shape: tuple[int, ...], weights: Mapping[str, Array]) -> None:
         if self.layers < 3:
             raise ValueError(
                 f"a network needs at least 3 layers, to hold 2 reduction cells; got {self.layers}"
@@ -225,6 +228,13 @@ class Supernet(nn.Module):
                 f"operation {name!r} must be both in operations and in primitives; "
                 f"nearest names: {nearest(name, {*known, *self.operations} - {name})}"
             )
+        needed = (len(edges(self.nodes)), len(self.primitives))
+        for name in ("normal", "reduce"):
+            if weights[name].shape != needed:
+                raise ValueError(
+                    f"weights[{name!r}] has shape {list(weights[name].shape)}; a network of"
+                    f" {self.nodes} nodes needs [{needed[0]} edges, {needed[1]} candidates]"
+                )
         height, width = image_shape[1:3]
         if height % 4 or width % 4:
             raise ValueError(

@@ -13,8 +13,6 @@ compilation left out. All but `seconds` is fixed by the config.
 
 import json
 import os
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +28,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+METRICS = "metrics.jsonl"  # file of a workdir
 PLAIN_INTERVAL = 10  # seconds between two lines of progress where there is no terminal
 
 
@@ -52,7 +51,7 @@ class Log:
         """
         from tensorboardX import SummaryWriter  # a second and a half
 
-        path = workdir / "metrics.jsonl"
+        path = workdir / METRICS
         found = path.stat().st_size if path.exists() else 0
         if found < size:
             raise ValueError(
@@ -200,12 +199,6 @@ def require_finite(step: int, tree: Any) -> None:
                 f"step {step}: {name} is {values[~finite].flat[0]}. The last good checkpoint is"
                 " kept; give another --workdir and lower learning rates"
             )
-
-
-def peak_memory() -> int:
-    """The most memory that this process has held so far, in bytes; compilation counts."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _format(values: Mapping[str, Any]) -> str:

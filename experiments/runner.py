@@ -1,19 +1,13 @@
-"""The loop that every experiment shares: config, workdir, resume, signals, exit codes.
+"""The loop that every experiment shares: workdir, resume, signals.
 
 A workdir holds config.json, metrics.jsonl (see `experiments.metrics`), TensorBoard events and
 checkpoints. The same command on the same workdir goes on where it ended, with the same bits as if
 it had never stopped.
-
-Exit codes: 0 done; 2 bad input; 3 a metric or a weight is not finite; 130 (SIGINT, Ctrl-C) and
-143 (SIGTERM) stopped, to be resumed.
 """
 
 import dataclasses
 import json
-import os
-import shlex
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,32 +16,18 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
-import tyro
 
 from darts_jax import checkpoint
-from darts_jax.genotype import nearest
-from experiments.metrics import Display, Log, NonFinite, require_finite
+from darts_jax.files import write_text
+from experiments.command_line import COMPILER, Interrupted, UserError, user_errors
+from experiments.metrics import METRICS, Display, Log, require_finite
 
 PyTree = Any
-Config = TypeVar("Config")
 
 CHECKPOINTS = "checkpoints"  # folder of a workdir
-COMPILER = "compiler"  # name of the thread that compiles
-
-
-class UserError(Exception):
-    """Bad input, in one line that names the culprit and the remedy."""
-
-
-class Interrupted(Exception):
-    """A signal asked to stop, and everything up to a step is saved."""
-
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
-        self.signum = signum
 
 
 class Job(NamedTuple):
@@ -102,72 +82,6 @@ class _Saved(NamedTuple):
     epoch_seconds: float
 
 
-def guard(module: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
-    """Runs `main(argv)`, and returns the exit code; what went wrong is one line on stderr."""
-    argv = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "-m", module, *argv])
-    try:
-        main(argv)
-    except UserError as error:
-        return _fail(error, 2)
-    except NonFinite as error:
-        return _fail(error, 3)
-    except Interrupted as error:
-        code = _fail(f"{error}; to go on: {command}", 128 + error.signum)
-        if any(thread.name == COMPILER for thread in threading.enumerate()):
-            # The compiler cannot be asked to stop, and is not waited for.
-            sys.stdout.flush()
-            os._exit(code)
-        return code
-    except KeyboardInterrupt:
-        return _fail(f"stopped at once; to go on: {command}", 128 + signal.SIGINT)
-    return 0
-
-
-def _fail(message: object, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    return code
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Inside, a ValueError is the user's: it becomes a UserError of one line."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from error
-
-
-def parse(
-    presets: Mapping[str, tuple[str, Config]], argv: Sequence[str], module: str, description: str
-) -> tuple[str, Config]:
-    """Reads `[preset] [--field value ...]`: the preset's name, and its config with the fields set.
-
-    Args:
-      presets: name -> (description, config), a frozen dataclass; the first is the default.
-      argv: the arguments.
-      module: the experiment's, as "experiments.search_cnn".
-      description: for `--help`.
-
-    Raises:
-      UserError: if the preset is unknown, naming the nearest.
-      SystemExit: by tyro, for `--help` or a field that it cannot read.
-    """
-    preset, *rest = argv if argv and not argv[0].startswith("-") else (next(iter(presets)), *argv)
-    if preset not in presets:
-        raise UserError(f"unknown preset {preset!r}; use one of: {nearest(preset, presets)}")
-    listing = "\n".join(f"  {name}: {text}" for name, (text, _) in presets.items())
-    config = tyro.cli(
-        type(presets[preset][1]),
-        default=presets[preset][1],
-        args=rest,
-        prog=f"python -m {module} [preset]",
-        description=f"{description}\n\nPresets, the first one if none is given:\n{listing}\n\n"
-        f"Defaults below are those of {preset}.",
-    )
-    return preset, config
-
-
 def check_workdir(workdir: Path, config: Any) -> None:
     """Raises a UserError if the folder holds another run, or something else. Writes nothing."""
     try:
@@ -195,30 +109,11 @@ def check_workdir(workdir: Path, config: Any) -> None:
         )
 
 
-def enable_compilation_cache() -> None:
-    """Keeps every compiled program for the next run, in JAX_COMPILATION_CACHE_DIR if that is set.
-
-    Else in the user's cache folder; where that cannot be written, nothing is kept.
-    """
-    # The threshold is 1 s; the small programs of an initialisation add up to more.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    if jax.config.jax_compilation_cache_dir:
-        return
-    try:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        directory = Path(home) / "darts_jax"
-        directory.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # read-only, or no home at all
-        return
-    if os.access(directory, os.W_OK):
-        jax.config.update("jax_compilation_cache_dir", str(directory))
-
-
 def run(job: Job, config: Any, workdir: Path, log_every: int, display: Display) -> Result:
     """Runs a job from where its workdir says to its end.
 
-    A checkpoint is saved after each epoch, and within one on SIGINT or SIGTERM: the step that runs
-    is finished first, as is an evaluation. A second signal kills at once.
+    A checkpoint is saved at the start, after each epoch, and within one on SIGINT or SIGTERM: the
+    step that runs is finished first, as is an evaluation. A second signal kills at once.
 
     Args:
       job: what to run.
@@ -279,16 +174,22 @@ def _open(job: Job, config: Any, workdir: Path, display: Display) -> tuple[int, 
         with display.phase("creating the parameters"):
             state = job.init()
         fresh = _Saved(state, log_size=0, epoch_seconds=0.0)
+        restored = checkpoint.restore_latest(workdir / CHECKPOINTS, fresh)
+        if restored is None and (workdir / METRICS).exists():
+            raise UserError(
+                f"{workdir} holds {METRICS} but no checkpoint; put {CHECKPOINTS}/ back, or start"
+                " anew in another --workdir"
+            )
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            temporary = workdir / "config.json.tmp"
-            temporary.write_text(json.dumps(_resolve(config), indent=2) + "\n")
-            temporary.replace(workdir / "config.json")
+            write_text(workdir / "config.json", json.dumps(_resolve(config), indent=2) + "\n")
+            if restored is None:  # so that metrics without a checkpoint have lost theirs
+                checkpoint.save(workdir / CHECKPOINTS, 0, fresh)
         except OSError as error:
             raise UserError(
                 f"cannot write to {workdir} ({error}); give another --workdir"
             ) from error
-        step, saved = checkpoint.restore_latest(workdir / CHECKPOINTS, fresh) or (0, fresh)
+        step, saved = restored or (0, fresh)
         return step, saved, Log(workdir, saved.log_size, step)
 
 

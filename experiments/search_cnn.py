@@ -19,34 +19,24 @@ import jax
 import numpy as np
 import optax
 from rich.table import Table
+from rich.text import Text
 
 from darts_jax import data, genotype, hypergradient, search
 from darts_jax.augment import augment, normalize
 from darts_jax.networks import Supernet
-from experiments import runner
-from experiments.metrics import Display, peak_memory
+from experiments import command_line, runner
+from experiments.config import (
+    AlphaConfig,
+    DataConfig,
+    WConfig,
+    alpha_optimizer,
+    w_optimizer,
+    w_schedule,
+)
+from experiments.memory import peak_memory
+from experiments.metrics import Display
 
 MODULE = "experiments.search_cnn"
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Images, and what is done to them."""
-
-    name: str
-    """Dataset: digits, mnist5k, cifar10, cifar100, fashion_mnist or svhn_cropped."""
-    path: str | None = None
-    """Folder of TensorFlow Datasets, for the last four; None for its default."""
-    limit: int | None = None
-    """Use this many training images only, the first ones; None for all."""
-    train_portion: float = 0.5
-    """Share of the training images that trains w; the others train alpha."""
-    crop: int = 4
-    """Random crop: pixels by which an image is shifted at most; 0 for none."""
-    flip: bool = True
-    """Mirror half of the images, left to right."""
-    cutout: int = 0
-    """Side in pixels of a square that is set to zero; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -59,36 +49,6 @@ class NetworkConfig:
     """Cells, at least 3: those at 1/3 and 2/3 of the depth are reduction cells."""
     nodes: int = 4
     """Intermediate nodes of each cell."""
-
-
-@dataclass(frozen=True)
-class WConfig:
-    """Optimizer of the weights: SGD with momentum, the rate a cosine over the epochs."""
-
-    learning_rate: float = 0.025
-    """Learning rate of the first epoch."""
-    learning_rate_min: float = 0.001
-    """Learning rate after the last epoch."""
-    momentum: float = 0.9
-    """Momentum."""
-    weight_decay: float = 3e-4
-    """L2 penalty, added to the gradient once that is clipped."""
-    clip: float = 5.0
-    """Largest global norm of the gradient."""
-
-
-@dataclass(frozen=True)
-class AlphaConfig:
-    """Optimizer of alpha: Adam."""
-
-    learning_rate: float = 3e-4
-    """Learning rate."""
-    b1: float = 0.5
-    """Decay of the mean of gradients."""
-    b2: float = 0.999
-    """Decay of the mean of squared gradients."""
-    weight_decay: float = 1e-3
-    """L2 penalty, added to the gradient."""
 
 
 @dataclass(frozen=True)
@@ -211,41 +171,6 @@ class Indices(NamedTuple):
     val: np.ndarray
 
 
-def w_schedule(config: WConfig, epochs: int, steps_per_epoch: int) -> optax.Schedule:
-    """step -> learning rate: a cosine over the epochs, constant within each of them."""
-
-    def learning_rate(step: jax.Array) -> jax.Array:
-        cosine = jax.numpy.cos(jax.numpy.pi * (step // steps_per_epoch) / epochs)
-        span = config.learning_rate - config.learning_rate_min
-        return config.learning_rate_min + span * (1 + cosine) / 2
-
-    return learning_rate
-
-
-def w_optimizer(
-    config: WConfig, learning_rate: optax.ScalarOrSchedule
-) -> optax.GradientTransformation:
-    """SGD that clips the gradient of the loss, then adds weight decay, then momentum.
-
-    On one flat vector: XLA takes minutes to compile a global norm over hundreds of arrays.
-    """
-    return optax.flatten(
-        optax.chain(
-            optax.clip_by_global_norm(config.clip),
-            optax.add_decayed_weights(config.weight_decay),
-            optax.sgd(learning_rate, config.momentum),
-        )
-    )
-
-
-def alpha_optimizer(config: AlphaConfig) -> optax.GradientTransformation:
-    """Adam with an L2 penalty: weight decay goes into the moments, unlike AdamW."""
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay),
-        optax.adam(config.learning_rate, config.b1, config.b2),
-    )
-
-
 def make_estimator(
     config: SearchConfig, optimizer: optax.GradientTransformation
 ) -> Callable[[hypergradient.Bilevel], hypergradient.Estimator]:
@@ -263,28 +188,10 @@ def make_estimator(
     }[config.estimator]
 
 
-def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job:
-    """The search as the runner takes it.
-
-    Raises:
-      ValueError: if the images are too few for a batch. The job's `init`: if they do not fit the
-        network.
-    """
-    seed, batch_size = config.seed, config.search.batch_size
-    train, val = data.split_search(dataset.train, config.data.train_portion)
-    train_size, val_size = len(train.labels), len(val.labels)
-    steps_per_epoch = len(data.epoch_indices(seed, 0, train_size, batch_size))
-    network = Supernet(
-        config.network.channels, config.network.layers, dataset.num_classes, config.network.nodes
-    )
-    schedule = w_schedule(config.search.w, config.search.epochs, steps_per_epoch)
-    w, alpha = w_optimizer(config.search.w, schedule), alpha_optimizer(config.search.alpha)
-    step = search.make_step(network, make_estimator(config.search, w), w, alpha)
-    evaluate = search.make_evaluate(network)
-
-    def init() -> search.SearchState:
-        shape = dataset.train.images.shape[1:]
-        return search.init(jax.random.key(seed), network, w, alpha, shape)
+def make_train_step(
+    step: Callable, config: DataConfig, dataset: data.Dataset
+) -> Callable[[search.SearchState, Images, Indices], tuple[search.SearchState, search.Metrics]]:
+    """The search step on images that are taken from the device and augmented there."""
 
     def augmented(key: jax.Array, split: data.Split, indices: jax.Array) -> search.Batch:
         images = augment(
@@ -292,9 +199,9 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
             split.images[indices],
             dataset.mean,
             dataset.std,
-            padding=config.data.crop,
-            mirror=config.data.flip,
-            cutout_size=config.data.cutout,
+            padding=config.crop,
+            mirror=config.flip,
+            cutout_size=config.cutout,
         )
         return search.Batch(images, split.labels[indices])
 
@@ -307,41 +214,72 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
         train_batch = augmented(train_key, images.train, indices.train)
         return train_batch, augmented(val_key, images.val, indices.val)
 
-    def train_step(
-        state: search.SearchState, images: Images, indices: Indices
-    ) -> tuple[search.SearchState, search.Metrics]:
+    def train_step(state, images, indices):
         return step(state, *train_and_val(state.key, state.step, images, indices))
 
+    return train_step
+
+
+def make_eval_step(
+    evaluate: Callable, dataset: data.Dataset
+) -> Callable[..., tuple[dict[str, jax.Array], jax.Array]]:
+    """The evaluation on validation images as they are."""
+
     @jax.jit
-    def eval_step(
-        state: search.SearchState, images: Images, batch: tuple[jax.Array, jax.Array]
-    ) -> tuple[dict[str, jax.Array], jax.Array]:
+    def eval_step(state: search.SearchState, images: Images, batch: tuple[jax.Array, jax.Array]):
         indices, mask = batch
         pixels = normalize(images.val.images[indices], dataset.mean, dataset.std)
         loss, correct = evaluate(state, search.Batch(pixels, images.val.labels[indices]), mask)
         return {"eval_loss": loss, "eval_accuracy": correct}, mask.sum()
+
+    return eval_step
+
+
+def end_epoch(workdir: Path, state: search.SearchState) -> dict[str, Any]:
+    """Saves the cells so far; returns the alphas, to be recorded."""
+    alpha = jax.device_get(state.alpha)
+    genotype.save(genotype.derive(alpha), workdir / "genotype.json")
+    return {"alpha": {name: values.tolist() for name, values in alpha.items()}}
+
+
+def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job:
+    """The search as the runner takes it.
+
+    Raises:
+      ValueError: if the images are too few for a batch. The job's `init`: if they do not fit the
+        network.
+    """
+    seed, batch_size, epochs = config.seed, config.search.batch_size, config.search.epochs
+    train, val = data.split_search(dataset.train, config.data.train_portion)
+    train_size, val_size = len(train.labels), len(val.labels)
+    steps_per_epoch = len(data.epoch_indices(seed, 0, train_size, batch_size))
+    network = Supernet(
+        config.network.channels, config.network.layers, dataset.num_classes, config.network.nodes
+    )
+    w = w_optimizer(config.search.w, w_schedule(config.search.w, epochs, steps_per_epoch))
+    alpha = alpha_optimizer(config.search.alpha)
+    step = search.make_step(network, make_estimator(config.search, w), w, alpha)
+
+    def init() -> search.SearchState:
+        shape = dataset.train.images.shape[1:]
+        return search.init(jax.random.key(seed), network, w, alpha, shape)
 
     def train_batches(epoch: int) -> list[Indices]:
         order = data.epoch_indices(seed, epoch, train_size, batch_size)
         fresh = data.random_indices(seed, epoch, len(order), val_size, batch_size)
         return list(map(Indices, order, fresh))
 
-    def end_epoch(state: search.SearchState) -> dict[str, Any]:
-        alpha = jax.device_get(state.alpha)
-        genotype.save(genotype.derive(alpha), workdir / "genotype.json")
-        return {"alpha": {name: values.tolist() for name, values in alpha.items()}}
-
     return runner.Job(
         name="search step",
         init=init,
-        train_step=train_step,
-        eval_step=eval_step,
+        train_step=make_train_step(step, config.data, dataset),
+        eval_step=make_eval_step(search.make_evaluate(network), dataset),
         data=jax.device_put(Images(train, val)),
         train_batches=train_batches,
         eval_batches=list(data.padded_indices(val_size, batch_size)),
-        epochs=config.search.epochs,
+        epochs=epochs,
         steps_per_epoch=steps_per_epoch,
-        end_epoch=end_epoch,
+        end_epoch=partial(end_epoch, workdir),
     )
 
 
@@ -359,6 +297,8 @@ def check(config: Config) -> None:
     ):
         if value < least:
             raise ValueError(f"--{name} is {value}; give at least {least}")
+    if not config.search.radius > 0:
+        raise ValueError(f"--search.radius is {config.search.radius}; give more than 0")
     if config.seed >= 2**32:
         raise ValueError(f"--seed is {config.seed}; give less than 2**32")
 
@@ -403,35 +343,37 @@ def summary(found: genotype.Genotype, result: runner.Result, workdir: Path, comm
         f"{seconds:.0f} s search, all {len(result.epochs)} epochs; {result.compile_seconds:.0f} s"
         " tracing and compiling, this time",
     )
-    table.add_row("peak memory", f"{peak_memory() / 1e6:.0f} MB, this process, compiling included")
-    table.add_row("written to", str(workdir))
-    table.add_row("next", command)
+    if (peak := peak_memory()) is not None:
+        table.add_row("peak memory", f"{peak / 1e6:.0f} MB, this process, compiling included")
+    # As text: in a plain string, brackets would be markup.
+    table.add_row("written to", Text(str(workdir)))
+    table.add_row("next", Text(command))
     return table
 
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command line."""
-    with runner.user_errors():
-        preset, config = runner.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
+    with command_line.user_errors():
+        preset, config = command_line.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
         check(config)
     workdir = config.workdir or Path("runs") / f"search_cnn-{preset}-seed{config.seed}"
     runner.check_workdir(workdir, config)
-    runner.enable_compilation_cache()
+    command_line.enable_compilation_cache()
     with Display() as display:
-        with runner.user_errors():
+        with command_line.user_errors():
             with display.phase(f"loading {config.data.name}"):
                 dataset = data.load(config.data.name, config.data.path, config.data.limit)
             job = make_job(config, dataset, workdir)
         result = runner.run(job, config, workdir, config.log_every, display)
         with display.phase("drawing"):
             found = draw(result.epochs, workdir)
-    command = f"python -m {MODULE} {preset} --seed {config.seed + 1}"
+    command = command_line.next_command(MODULE, argv, config.seed + 1)
     display.console.print(summary(found, result, workdir, command))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code (see `experiments.runner`)."""
-    return runner.guard(MODULE, run, argv)
+    """Returns the exit code (see `experiments.command_line`)."""
+    return command_line.guard(MODULE, run, argv)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from darts_jax import hypergradient
-from experiments import runner
+from experiments import command_line
 
 MODULE = "experiments.toy_bilevel"
 PROBLEM = hypergradient.Bilevel(
@@ -76,8 +76,8 @@ def search(name: str, xi: float, config: Config) -> tuple[jax.Array, jax.Array]:
 
 def run(argv: Sequence[str]) -> None:
     """Print where each estimator ends for each xi, beside the fixed point 2 / (1 + 2 xi)."""
-    with runner.user_errors():
-        _, config = runner.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
+    with command_line.user_errors():
+        _, config = command_line.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
     table = Table(title="Toy bilevel problem (optimum: w = alpha = 1)")
     for column in ("start", "xi", "estimator", "final (w, alpha)", "fixed point"):
         table.add_column(column, no_wrap=True)
@@ -91,8 +91,8 @@ def run(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code (see `experiments.runner`)."""
-    return runner.guard(MODULE, run, argv)
+    """Returns the exit code (see `experiments.command_line`)."""
+    return command_line.guard(MODULE, run, argv)
 
 
 if __name__ == "__main__":

@@ -149,9 +149,25 @@ def test_dataset_in_another_format(tfds, tmp_path):
         data.load("cifar10", path=str(tmp_path))
 
 
-def test_without_tensorflow_datasets(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ValueError, match="'cifar100' needs tensorflow_datasets; prepare it: pip i"):
+@pytest.mark.filterwarnings("ignore")
+def test_errors_of_the_library_are_not_disguised(tfds, tmp_path, monkeypatch):
+    """Only what is known to be a dataset that is not prepared is called so."""
+
+    def fail(*_, **__):
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(tfds, "builder", fail)
+    with pytest.raises(ValueError, match="^a defect$"):
+        data.load("cifar10", path=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("missing", "remedy"),
+    [("tensorflow_datasets", "prepare it: pip i"), ("array_record", "pip install array_record$")],
+)
+def test_without_a_package(monkeypatch, missing, remedy):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else name)
+    with pytest.raises(ValueError, match=f"'cifar100' needs {missing}; {remedy}"):
         data.load("cifar100")
 
 

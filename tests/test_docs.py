@@ -21,9 +21,13 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
 def run_examples(page: Path) -> dict:
     """Runs the Python blocks of a page, one after the other; returns their names."""
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    blocks = python_blocks(page)
     assert blocks
     names: dict = {"__name__": page.stem}
     for block in blocks:
@@ -55,8 +59,8 @@ def test_new_operation(extending):
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_new_operation_in_a_network(extending):
-    """It has parameters on every edge and a column of alpha, from which it can be derived."""
+def test_new_operation_in_a_network(extending, tmp_path, monkeypatch):
+    """It has parameters on every edge and a column of alpha; what is found is saved and drawn."""
     network = extending["network"].clone(channels=2, layers=3)
     optimizers = extending["w_optimizer"], extending["alpha_optimizer"]
     state = jax.eval_shape(
@@ -65,8 +69,10 @@ def test_new_operation_in_a_network(extending):
     assert state.alpha["normal"].shape == (14, 9)
     assert state.w["cell_0"]["edges"]["conv_1x1"]["kernel"].shape == (14, 1, 1, 2, 2)
     alpha = {name: np.eye(9)[np.full(14, 8)] for name in ("normal", "reduce")}
-    derived = genotype.derive(alpha, network.primitives)
-    assert {name for name, _ in derived.normal} == {"conv_1x1"}
+    monkeypatch.setenv("PATH", "")  # no graphviz
+    found = extending["report"](alpha, tmp_path)
+    assert {name for name, _ in found.normal} == {"conv_1x1"}
+    assert "conv_1x1" in (tmp_path / "normal.svg").read_text()
 
 
 def test_new_relaxation(extending):
@@ -94,10 +100,14 @@ def test_new_estimator(extending, x64):
 @pytest.fixture
 def quick_compilation():
     """Compile in half the time, to code that is slower."""
-    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_the_readme_example_is_short():
+    (block,) = python_blocks(ROOT / "README.md")
+    assert len(block.splitlines()) <= 20
 
 
 @pytest.mark.slow
@@ -105,8 +115,8 @@ def test_readme_example(capsys, quick_compilation):
     names = run_examples(ROOT / "README.md")
     assert names["state"].step == 2
     assert all(np.isfinite(metric) for metric in names["metrics"])
-    _, _, text = capsys.readouterr().out.partition("\n")
-    assert genotype.from_json(text) == genotype.derive(names["state"].alpha)
+    text = capsys.readouterr().out
+    assert genotype.from_json(text[text.index("{") :]) == genotype.derive(names["state"].alpha)
 
 
 @PAGE

@@ -1,9 +1,8 @@
 import io
 import json
 import re
+import shutil
 import signal
-import subprocess
-import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.console import Console
 
 from darts_jax import checkpoint
 from experiments import metrics, runner
+from experiments.command_line import Interrupted, UserError
 
 STEPS = 5  # in an epoch
 SAMPLES = 7  # in the evaluation
@@ -135,14 +135,17 @@ def lines(workdir):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
 
 
+def checkpoints(workdir):
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
 def assert_same_run(workdir, state, whole, whole_state):
     assert lines(workdir) == lines(whole)
     for leaf, expected in zip(state, whole_state, strict=True):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf, expected = jax.random.key_data(leaf), jax.random.key_data(expected)
         np.testing.assert_array_equal(leaf, expected)
-    saved = [sorted(p.name for p in (d / "checkpoints").iterdir()) for d in (workdir, whole)]
-    assert saved[0][-1] == saved[1][-1]
+    assert max(map(int, checkpoints(workdir))) == max(map(int, checkpoints(whole)))
 
 
 @pytest.fixture
@@ -208,7 +211,7 @@ def test_stopped_after_an_epoch_and_resumed(tmp_path, whole, signum):
         if epoch == 1:
             signal.raise_signal(signum)
 
-    with pytest.raises(runner.Interrupted, match=f"by {signum.name} after step 5") as stopped:
+    with pytest.raises(Interrupted, match=f"by {signum.name} after step 5") as stopped:
         run(tmp_path / "run", epochs=3, on_epoch=stop)
     assert stopped.value.signum == signum
     assert len(lines(tmp_path / "run")) == STEPS + 1
@@ -223,7 +226,7 @@ def test_stopped_within_an_epoch_and_resumed_twice(tmp_path, whole):
             if position == where:
                 signal.raise_signal(signal.SIGINT)
 
-        with pytest.raises(runner.Interrupted, match=f"after step {step}$"):
+        with pytest.raises(Interrupted, match=f"after step {step}$"):
             run(tmp_path / "run", epochs=3, on_batch=stop)
     result, _ = run(tmp_path / "run", epochs=3)
     assert_same_run(tmp_path / "run", result.state, *whole)
@@ -280,7 +283,7 @@ def test_seconds_of_an_epoch_add_up_over_a_resume(tmp_path):
         if position == (0, 2):
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(runner.Interrupted):
+    with pytest.raises(Interrupted):
         run(tmp_path, on_batch=stop)
     job = make_job()
     fresh = runner._Saved(job.init(), 0, 0.0)
@@ -295,15 +298,46 @@ def test_metrics_shorter_than_the_checkpoint_says_are_refused(whole):
     file = workdir / "metrics.jsonl"
     file.write_bytes(file.read_bytes()[:-10])
     before = file.read_bytes()
-    with pytest.raises(runner.UserError, match="put the file back, or start anew in another"):
+    with pytest.raises(UserError, match="put the file back, or start anew in another"):
         run(workdir, epochs=3)
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("part", ["", "*"])
+@pytest.mark.parametrize("stopped", ["within", "after"])
+def test_metrics_without_a_checkpoint_are_refused(tmp_path, stopped, part):
+    """Whether the folder is gone or empty, and in whichever epoch the run was."""
+
+    def stop(*position):
+        if position == ((0, 2) if stopped == "within" else (1, 1)):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        run(tmp_path, on_batch=stop)
+    if part:
+        for saved in (tmp_path / "checkpoints").iterdir():
+            shutil.rmtree(saved)
+    else:
+        shutil.rmtree(tmp_path / "checkpoints")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    message = r"holds metrics.jsonl but no checkpoint; put checkpoints/ back, or start anew in an"
+    with pytest.raises(UserError, match=message):
+        run(tmp_path)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_the_first_checkpoint_is_kept_where_the_first_epoch_fails(tmp_path):
+    with pytest.raises(metrics.NonFinite, match="step 2: train_loss is nan.*last good checkpoint"):
+        run(tmp_path, poison=("train_loss", 2))
+    assert checkpoints(tmp_path) == ["0"]
+    fresh = runner._Saved(make_job().init(), 0, 0.0)
+    assert checkpoint.restore_latest(tmp_path / "checkpoints", fresh)[0] == 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, whole):
     with pytest.raises(metrics.NonFinite, match="step 8: train_loss is nan.*last good checkpoint"):
         run(tmp_path / "run", epochs=3, poison=("train_loss", 8))
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["5"]
+    assert checkpoints(tmp_path / "run") == ["0", "5"]
     assert [li["step"] for li in lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 5, 6, 7]
     # The state kept is the good one: without the poison the run ends as if there had been none.
     result, _ = run(tmp_path / "run", epochs=3)
@@ -314,7 +348,7 @@ def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
     recorded = []
     with pytest.raises(metrics.NonFinite, match=r"step 10: w is nan"):
         run(tmp_path, epochs=3, poison=("w", 10), on_epoch=recorded.append)
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["5"]
+    assert checkpoints(tmp_path) == ["0", "5"]
     assert recorded == [1]
 
 
@@ -323,7 +357,7 @@ def test_inputs_that_init_refuses_are_the_users(tmp_path):
         raise ValueError("images of 7x7\n do not halve")
 
     with metrics.Display(Console(file=io.StringIO())) as display:
-        with pytest.raises(runner.UserError, match="^images of 7x7 do not halve$"):
+        with pytest.raises(UserError, match="^images of 7x7 do not halve$"):
             runner.run(make_job()._replace(init=init), Config(), tmp_path / "run", 1, display)
     assert not (tmp_path / "run").exists()
 
@@ -367,7 +401,7 @@ def test_a_signal_while_compiling_stops_at_once(tmp_path):
     job = make_job()._replace(train_step=train_step)
     try:
         with metrics.Display(Console(file=io.StringIO())) as display:
-            with pytest.raises(runner.Interrupted, match="by SIGTERM after step 0"):
+            with pytest.raises(Interrupted, match="by SIGTERM after step 0"):
                 runner.run(job, Config(), tmp_path, 1, display)
         assert signal_sent.is_set()
     finally:
@@ -409,40 +443,11 @@ def test_progress_fits_a_narrow_terminal(tmp_path):
     assert not rest
 
 
-PRESETS = {"small": ("quick", Config()), "large": ("slow", Config(epochs=50))}
-
-
-def parse(*argv):
-    return runner.parse(PRESETS, argv, "experiments.stand_in", "A stand-in.")
-
-
-def test_presets_and_overrides():
-    assert parse() == ("small", Config())
-    assert parse("large") == ("large", Config(epochs=50))
-    assert parse("--epochs", "7") == ("small", Config(epochs=7))
-    name, config = parse("large", "--inner.rate", "0.5", "--workdir", "a/b")
-    assert (name, config) == ("large", Config(Inner(rate=0.5), 50, Path("a/b")))
-
-
-def test_unknown_preset_names_the_nearest():
-    with pytest.raises(runner.UserError, match="^unknown preset 'smal'; use one of: small$"):
-        parse("smal")
-
-
-def test_help_lists_presets_and_explains_fields(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        parse("--help")
-    assert stopped.value.code == 0
-    output = capsys.readouterr().out
-    for text in ("A stand-in.", "small: quick", "large: slow", "--inner.rate", "Epochs to run."):
-        assert text in output
-
-
 def test_workdir_of_another_config(tmp_path):
     run(tmp_path / "run")
     runner.check_workdir(tmp_path / "run", Config(workdir=tmp_path))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(runner.UserError) as error:
+    with pytest.raises(UserError) as error:
         runner.check_workdir(tmp_path / "run", Config(Inner(betas=(0.5, 0.9)), epochs=3))
     message = str(error.value)
     assert "epochs is 2 there, 3 here" in message
@@ -457,85 +462,20 @@ def test_workdir_that_is_no_run(tmp_path):
     runner.check_workdir(tmp_path, Config())
     assert not (tmp_path / "missing").exists()
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(runner.UserError, match=r"holds files but no run .*another --workdir"):
+    with pytest.raises(UserError, match=r"holds files but no run .*another --workdir"):
         runner.check_workdir(tmp_path, Config())
-    with pytest.raises(runner.UserError, match="give another --workdir"):
+    with pytest.raises(UserError, match="give another --workdir"):
         runner.check_workdir(tmp_path / "thesis.tex", Config())
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '{"epochs"'])
 def test_workdir_whose_config_is_damaged(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(runner.UserError, match="config.json cannot be read"):
+    with pytest.raises(UserError, match="config.json cannot be read"):
         runner.check_workdir(tmp_path, Config())
-
-
-def raising(error):
-    def main(_):
-        raise error
-
-    return main
-
-
-TO_GO_ON = "to go on: python -m experiments.x a --b 'c d'"
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "text"),
-    [
-        (runner.UserError("give less"), 2, "give less"),
-        (metrics.NonFinite("step 3: nan"), 3, "step 3: nan"),
-        (
-            runner.Interrupted(signal.SIGINT, 7),
-            130,
-            f"stopped by SIGINT after step 7; {TO_GO_ON}",
-        ),
-        (
-            runner.Interrupted(signal.SIGTERM, 7),
-            143,
-            f"stopped by SIGTERM after step 7; {TO_GO_ON}",
-        ),
-        (KeyboardInterrupt(), 130, f"stopped at once; {TO_GO_ON}"),
-    ],
-)
-def test_exit_codes(capsys, error, code, text):
-    assert runner.guard("experiments.x", raising(error), ["a", "--b", "c d"]) == code
-    captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("", f"error: {text}\n")
-
-
-def test_success_and_defects_are_not_disguised():
-    assert runner.guard("experiments.x", lambda argv: None, []) == 0
-    with pytest.raises(ValueError, match="a defect"):
-        runner.guard("experiments.x", raising(ValueError("a defect")), [])
 
 
 def test_signals_are_handled_as_before_once_a_run_is_over(tmp_path):
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     run(tmp_path)
     assert before == [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
-
-
-CACHE = """
-import jax
-from experiments import runner
-runner.enable_compilation_cache()
-print(jax.config.jax_compilation_cache_dir)
-"""
-
-
-def cache_directory(**environment):
-    command = [sys.executable, "-c", CACHE]
-    root = Path(__file__).parent.parent
-    output = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert not output.stderr
-    return output.stdout.strip()
-
-
-def test_compilation_cache(tmp_path):
-    given = str(tmp_path / "given")
-    assert cache_directory(HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=given) == given
-    assert cache_directory(HOME=str(tmp_path)) == str(tmp_path / ".cache" / "darts_jax")
-    assert cache_directory(XDG_CACHE_HOME=given) == str(tmp_path / "given" / "darts_jax")
-    (tmp_path / "file").touch()  # where no folder can be made
-    assert cache_directory(HOME=str(tmp_path / "file")) == "None"

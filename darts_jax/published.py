@@ -1,0 +1,83 @@
+"""The published convolutional cells as plain data: the fields of a `genotype.Genotype`, by name."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+# One node a line.
+# fmt: off
+CELLS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
+    # First order: Liu et al. 2019, arXiv 1806.09055, as released in quark0/darts.
+    "DARTS_V1": {
+        "normal": (
+            ("sep_conv_3x3", 1), ("sep_conv_3x3", 0),
+            ("skip_connect", 0), ("sep_conv_3x3", 1),
+            ("skip_connect", 0), ("sep_conv_3x3", 1),
+            ("sep_conv_3x3", 0), ("skip_connect", 2),
+        ),
+        "normal_concat": (2, 3, 4, 5),
+        "reduce": (
+            ("max_pool_3x3", 0), ("max_pool_3x3", 1),
+            ("skip_connect", 2), ("max_pool_3x3", 0),
+            ("max_pool_3x3", 0), ("skip_connect", 2),
+            ("skip_connect", 2), ("avg_pool_3x3", 0),
+        ),
+        "reduce_concat": (2, 3, 4, 5),
+    },
+    # Second order: Liu et al. 2019, arXiv 1806.09055, as released in quark0/darts.
+    "DARTS_V2": {
+        "normal": (
+            ("sep_conv_3x3", 0), ("sep_conv_3x3", 1),
+            ("sep_conv_3x3", 0), ("sep_conv_3x3", 1),
+            ("sep_conv_3x3", 1), ("skip_connect", 0),
+            ("skip_connect", 0), ("dil_conv_3x3", 2),
+        ),
+        "normal_concat": (2, 3, 4, 5),
+        "reduce": (
+            ("max_pool_3x3", 0), ("max_pool_3x3", 1),
+            ("skip_connect", 2), ("max_pool_3x3", 1),
+            ("max_pool_3x3", 0), ("skip_connect", 2),
+            ("skip_connect", 2), ("max_pool_3x3", 1),
+        ),
+        "reduce_concat": (2, 3, 4, 5),
+    },
+    # NASNet-A: Zoph et al. 2018, arXiv 1707.07012, in the encoding of quark0/darts.
+    "NASNet": {
+        "normal": (
+            ("sep_conv_5x5", 1), ("sep_conv_3x3", 0),
+            ("sep_conv_5x5", 0), ("sep_conv_3x3", 0),
+            ("avg_pool_3x3", 1), ("skip_connect", 0),
+            ("avg_pool_3x3", 0), ("avg_pool_3x3", 0),
+            ("sep_conv_3x3", 1), ("skip_connect", 1),
+        ),
+        "normal_concat": (2, 3, 4, 5, 6),
+        "reduce": (
+            ("sep_conv_5x5", 1), ("sep_conv_7x7", 0),
+            ("max_pool_3x3", 1), ("sep_conv_7x7", 0),
+            ("avg_pool_3x3", 1), ("sep_conv_5x5", 0),
+            ("skip_connect", 3), ("avg_pool_3x3", 2),
+            ("sep_conv_3x3", 2), ("max_pool_3x3", 1),
+        ),
+        "reduce_concat": (4, 5, 6),
+    },
+    # AmoebaNet-A: Real et al. 2019, arXiv 1802.01548, in the encoding of quark0/darts.
+    "AmoebaNet": {
+        "normal": (
+            ("avg_pool_3x3", 0), ("max_pool_3x3", 1),
+            ("sep_conv_3x3", 0), ("sep_conv_5x5", 2),
+            ("sep_conv_3x3", 0), ("avg_pool_3x3", 3),
+            ("sep_conv_3x3", 1), ("skip_connect", 1),
+            ("skip_connect", 0), ("avg_pool_3x3", 1),
+        ),
+        "normal_concat": (4, 5, 6),
+        "reduce": (
+            ("avg_pool_3x3", 0), ("sep_conv_3x3", 1),
+            ("max_pool_3x3", 0), ("sep_conv_7x7", 2),
+            ("sep_conv_7x7", 0), ("avg_pool_3x3", 1),
+            ("max_pool_3x3", 0), ("max_pool_3x3", 1),
+            ("conv_7x1_1x7", 0), ("sep_conv_3x3", 5),
+        ),
+        "reduce_concat": (3, 4, 6),
+    },
+})
+# fmt: on

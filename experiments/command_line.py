@@ -1,0 +1,137 @@
+"""What every experiment shares at the shell: presets, one-line errors, exit codes, the cache.
+
+Exit codes: 0 done; 2 bad input; 3 a metric or a weight is not finite; 130 (SIGINT, Ctrl-C) and
+143 (SIGTERM) stopped, to be resumed.
+"""
+
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+import tyro
+
+from darts_jax.genotype import nearest
+from experiments.metrics import NonFinite
+
+Config = TypeVar("Config")
+
+COMPILER = "compiler"  # name of the thread that compiles
+
+
+class UserError(Exception):
+    """Bad input, in one line that names the culprit and the remedy."""
+
+
+class Interrupted(Exception):
+    """A signal asked to stop, and everything up to a step is saved."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
+        self.signum = signum
+
+
+def guard(module: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
+    """Runs `main(argv)`, and returns the exit code; what went wrong is one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    command = _command(module, argv)
+    try:
+        main(argv)
+    except UserError as error:
+        return _fail(error, 2)
+    except NonFinite as error:
+        return _fail(error, 3)
+    except Interrupted as error:
+        code = _fail(f"{error}; to go on: {command}", 128 + error.signum)
+        if any(thread.name == COMPILER for thread in threading.enumerate()):
+            # The compiler cannot be asked to stop, and is not waited for.
+            sys.stdout.flush()
+            os._exit(code)
+        return code
+    except KeyboardInterrupt:
+        return _fail(f"stopped at once; to go on: {command}", 128 + signal.SIGINT)
+    return 0
+
+
+def _command(module: str, argv: Sequence[str]) -> str:
+    return shlex.join(["python", "-m", module, *argv])
+
+
+def _fail(message: object, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Inside, a ValueError is the user's: it becomes a UserError of one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def parse(
+    presets: Mapping[str, tuple[str, Config]], argv: Sequence[str], module: str, description: str
+) -> tuple[str, Config]:
+    """Reads `[preset] [--field value ...]`: the preset's name, and its config with the fields set.
+
+    Args:
+      presets: name -> (description, config), a frozen dataclass; the first is the default.
+      argv: the arguments.
+      module: the experiment's, as "experiments.search_cnn".
+      description: for `--help`.
+
+    Raises:
+      UserError: if the preset is unknown, naming the nearest.
+      SystemExit: by tyro, for `--help` or a field that it cannot read.
+    """
+    preset, *rest = argv if argv and not argv[0].startswith("-") else (next(iter(presets)), *argv)
+    if preset not in presets:
+        raise UserError(f"unknown preset {preset!r}; use one of: {nearest(preset, presets)}")
+    listing = "\n".join(f"  {name}: {text}" for name, (text, _) in presets.items())
+    config = tyro.cli(
+        type(presets[preset][1]),
+        default=presets[preset][1],
+        args=rest,
+        prog=f"python -m {module} [preset]",
+        description=f"{description}\n\nPresets, the first one if none is given:\n{listing}\n\n"
+        f"Defaults below are those of {preset}.",
+    )
+    return preset, config
+
+
+def next_command(module: str, argv: Sequence[str], seed: int) -> str:
+    """The command line of a module with another seed, and without the workdir of this one."""
+    kept, rest = [], iter(argv)
+    for argument in rest:
+        if argument in ("--seed", "--workdir"):
+            next(rest)  # its value
+        elif not argument.startswith(("--seed=", "--workdir=")):
+            kept.append(argument)
+    return _command(module, [*kept, "--seed", str(seed)])
+
+
+def enable_compilation_cache() -> None:
+    """Keeps every compiled program for the next run, in JAX_COMPILATION_CACHE_DIR if that is set.
+
+    Else in the user's cache folder; where that cannot be written, nothing is kept.
+    """
+    # The threshold is 1 s; the small programs of an initialisation add up to more.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if jax.config.jax_compilation_cache_dir:
+        return
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        directory = Path(home) / "darts_jax"
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # read-only, or no home at all
+        return
+    if os.access(directory, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(directory))

@@ -1,0 +1,13 @@
+"""How much memory this process has needed. Imports nothing that would need more."""
+
+import sys
+
+
+def peak_memory() -> int | None:
+    """The most memory that this process has held so far, in bytes; None where that is not known."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
