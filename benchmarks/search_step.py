@@ -18,7 +18,6 @@ import math
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -34,6 +33,8 @@ import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from experiments.memory import peak_memory
 
 LIBRARY = "darts_jax"
 PACKAGES = (LIBRARY, "jax", "jaxlib", "flax", "optax", "numpy", "torch")
@@ -76,7 +77,7 @@ class Run(NamedTuple):
 
     first: Iteration
     iterations: list[Iteration]
-    peak_bytes: int
+    peak_bytes: int | None
     temp_bytes: int | None
 
 
@@ -192,9 +193,7 @@ def run(case: Case, iterations: int, cache: str) -> Run:
         return seconds
 
     first, *others = [timed() for _ in range(1 + iterations)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak_bytes = peak if sys.platform == "darwin" else 1024 * peak
-    return Run(first, others, peak_bytes, temp_bytes(case))
+    return Run(first, others, peak_memory(), temp_bytes(case))
 
 
 def temp_bytes(case: Case) -> int | None:
@@ -258,7 +257,7 @@ def summarize(cold: Run, warm: list[Run]) -> dict[str, Any]:
         "cached_start_seconds": statistics.median(run.first.wall for run in warm),
         "iteration_seconds": spread([iteration.wall for iteration in iterations]),
         "iteration_cpu_seconds": spread([iteration.cpu for iteration in iterations]),
-        "peak_bytes": max(run.peak_bytes for run in warm),
+        "peak_bytes": warm[0].peak_bytes and max(run.peak_bytes for run in warm),
         "temp_bytes": warm[0].temp_bytes,
     }
 
@@ -296,14 +295,17 @@ def table(measurements: list[dict[str, Any]]) -> Table:
             view.add_row(*names, "failed")
             continue
         wall, cpu = m["iteration_seconds"], m["iteration_cpu_seconds"]
-        temp = "" if m["temp_bytes"] is None else f"{m['temp_bytes'] / 1e6:.0f}"
+        peak, temp = (
+            "" if m[name] is None else f"{m[name] / 1e6:.0f}"
+            for name in ("peak_bytes", "temp_bytes")
+        )
         view.add_row(
             *names,
             f"{m['compile_seconds']:.1f}",
             f"{wall['median']:.2f}",
             f"{wall['min']:.2f}",
             f"{cpu['median']:.2f}",
-            f"{m['peak_bytes'] / 1e6:.0f}",
+            peak,
             temp,
         )
     return view
