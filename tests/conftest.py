@@ -10,6 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+# A second device, for what is sharded; nothing else sees it.
+jax.config.update("jax_num_cpu_devices", 2)
+
 ORACLE = Path(__file__).parent / "oracle"
 
 
