@@ -100,7 +100,7 @@ def compose(depthwise_kernel: Array, pointwise_kernel: Array) -> Array:
     Returns:
       [edges, k, k, C, D].
     """
-    return depthwise_kernel[..., None] * pointwise_kernel[:, None, None]
+    return jnp.einsum("eijc,ecd->eijcd", depthwise_kernel, pointwise_kernel)
 
 
 def conv_edges(
