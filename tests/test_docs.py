@@ -1,6 +1,7 @@
 """The documentation: its examples run, and what it names exists."""
 
 import re
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -172,3 +173,20 @@ def test_unknown_name():
     with pytest.raises(AttributeError, match="'darts_jax' has no attribute 'nothing'"):
         darts_jax.nothing  # noqa: B018
     assert set(darts_jax.__all__) <= set(dir(darts_jax))
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_example_scripts(script):
+    names = runpy.run_path(str(script))
+    if script.stem == "own_loop":  # the clean data count, the mislabelled do not
+        assert jax.nn.softmax(names["alpha"])[0] > 0.9
+    else:  # the wrong labels call for more decay than there was at the start
+        assert min(names["decay"].values()) > 2e-3
+        assert names["accuracy"] > 0.55
+
+
+def test_example_scripts_are_short():
+    for script in (ROOT / "examples").glob("*.py"):
+        code = script.read_text().split('"""', 2)[2]
+        lines = [line for line in code.splitlines() if line.strip() and not line.startswith("#")]
+        assert len(lines) <= 40, script
