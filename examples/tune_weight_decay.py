@@ -37,7 +37,7 @@ problem = hypergradient.Bilevel(train_loss, val_loss)
 estimate = jax.jit(hypergradient.unrolled(problem, sgd, num_steps=5))
 batches = jax.tree.map(lambda x: jnp.broadcast_to(x, (5, *x.shape)), train)
 w_state, alpha_state = sgd.init(w), adam.init(alpha)
-for step in range(100):
+for _ in range(100):
     found = estimate(alpha, w, w_state, batches, val)
     updates, alpha_state = adam.update(found.gradient, alpha_state)
     alpha = optax.apply_updates(alpha, updates)
