@@ -1,8 +1,7 @@
 """An estimator in a loop of one's own, with no other part of the library.
 
 Logistic regression whose loss weights its two data sets, one clean and one mislabelled, by alpha.
-
-    python examples/own_loop.py
+Run it as `python examples/own_loop.py`.
 """
 
 import jax

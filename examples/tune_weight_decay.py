@@ -1,6 +1,6 @@
 """Tunes a weight decay for each layer of a Flax model, by the exact hypergradient of five steps.
 
-    python examples/tune_weight_decay.py
+Run it as `python examples/tune_weight_decay.py`.
 """
 
 import flax.linen as nn
