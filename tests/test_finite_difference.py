@@ -82,6 +82,15 @@ def test_relative_radius_is_in_units_of_the_norm_of_w():
     assert abs(norm - 1) > 0.1
 
 
+def test_relative_radius_at_weights_of_zero_is_absolute():
+    problem, alpha, w, opt_state, _ = quadratic(8)
+    inputs = (alpha, jax.tree.map(lambda x: 0 * x, w), opt_state, 0.7, None)
+    relative = hypergradient.finite_difference(problem, SGD, 0.05, relative=True)(*inputs)
+    exact = hypergradient.unrolled(problem, SGD)(*inputs)
+    assert optax.tree.norm(exact.implicit) > 0.1
+    assert_close(relative.implicit, exact.implicit, 1e-11)
+
+
 @pytest.mark.parametrize("scheme", ["central", "forward"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_best_radius(dtype, scheme):

@@ -13,6 +13,7 @@ from bilevel import (
     CLASSIFIER,
     OPTIMIZERS,
     SGD,
+    TOY,
     assert_close,
     assert_closed_form,
     assert_evaluates,
@@ -31,12 +32,30 @@ from darts_jax.hypergradient import Bilevel
 pytestmark = pytest.mark.usefixtures("x64")
 
 reverse = functools.partial(hypergradient.unrolled, mode="reverse")
+
+
+def three_steps(problem, optimizer, **options):
+    """Three steps on the same batch, for the signature of one."""
+    estimate = hypergradient.unrolled(problem, optimizer, num_steps=3, **options)
+
+    def on_one_batch(alpha, w, opt_state, train_batch, val_batch):
+        train_batch = jax.tree.map(lambda x: jnp.stack([x] * 3), train_batch)
+        return estimate(alpha, w, opt_state, train_batch, val_batch)
+
+    return on_one_batch
+
+
 ONE_STEP = {
     "forward": hypergradient.unrolled,
     "reverse": reverse,
     "finite_difference": hypergradient.finite_difference,
 }
-IMPLICIT = {
+THROUGH_WEIGHTS = {
+    **ONE_STEP,
+    "one_sided": functools.partial(hypergradient.finite_difference, scheme="forward"),
+    "three_steps": three_steps,
+    "three_steps_remat": functools.partial(three_steps, mode="reverse", remat=True),
+    "truncated": functools.partial(three_steps, truncate=2),
     "neumann": hypergradient.neumann,
     # Damped, as the Hessian of the classifier has negative eigenvalues.
     "conjugate_gradient": functools.partial(
@@ -46,11 +65,13 @@ IMPLICIT = {
 }
 ESTIMATORS = {
     "first_order": lambda problem, _: hypergradient.first_order(problem),
-    **ONE_STEP,
-    **IMPLICIT,
+    **THROUGH_WEIGHTS,
 }
 each_estimator = pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
 each_unrolled = pytest.mark.parametrize("make", ONE_STEP.values(), ids=ONE_STEP)
+each_through_weights = pytest.mark.parametrize(
+    "make", THROUGH_WEIGHTS.values(), ids=THROUGH_WEIGHTS
+)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -71,7 +92,7 @@ def test_first_order_on_a_quadratic():
     )
 
 
-@pytest.mark.parametrize("make", {**ONE_STEP, **IMPLICIT}.values(), ids={**ONE_STEP, **IMPLICIT})
+@each_through_weights
 def test_implicit_term_is_zero_where_the_validation_loss_ignores_the_weights(make):
     problem, alpha, w, opt_state, _ = quadratic(6)
     problem = problem._replace(val_loss=lambda w, alpha, batch: alpha["scalar"] ** 2)
@@ -105,6 +126,74 @@ def test_compiles_once_for_all_seeds(make):
             alone = estimate(*inputs[i]).gradient
             assert_close(jax.tree.map(lambda x, i=i: x[i], together), alone, 1e-12)
     assert 0 < counts[0] == counts[1]
+
+
+@pytest.fixture
+def compilations():
+    """The events of compilation so far, a list that grows."""
+    events = []
+
+    def listen(event, *_, **__):
+        if "backend_compile" in event:
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@each_estimator
+def test_stages_compile_on_the_first_call_alone(make, compilations):
+    """Outside of jit."""
+    problem = Bilevel(*(lambda *args, loss=loss: loss(*args) for loss in TOY[:2]))  # not in a cache
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    estimate, w = make(problem, optimizer), jnp.array(2.0)
+    estimate(jnp.array(3.0), w, optimizer.init(w), None, None)
+    count = len(compilations)
+    assert count > 0
+    estimate(jnp.array(-1.0), w, optimizer.init(w), None, None)
+    assert len(compilations) == count
+
+
+@each_estimator
+def test_an_optimizer_made_inside_of_jit_is_not_kept(make):
+    @jax.jit
+    def gradient(xi):
+        return toy_estimate(make, xi, 3.0, 2.0).gradient
+
+    with jax.checking_leaks():
+        if make is ESTIMATORS["conjugate_gradient"]:
+            with pytest.raises(ValueError, match="inner_optimizer holds a traced value, .* of jit"):
+                gradient(0.1)
+        else:
+            expected = toy_estimate(make, 0.1, 3.0, 2.0).gradient
+            np.testing.assert_allclose(gradient(0.1), expected, rtol=1e-9)
+
+
+@jax.tree_util.register_pytree_node_class
+class Box:
+    """A pytree that compares by identity."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def tree_flatten(self):
+        return (self.value,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+@each_estimator
+def test_any_pytree(make):
+    boxed = Bilevel(*(lambda w, a, _, loss=loss: loss(w.value, a.value, _) for loss in TOY[:2]))
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    alpha, w = jnp.array(3.0), jnp.array(2.0)
+    estimate = make(boxed, optimizer)
+    found = estimate(Box(alpha), Box(w), optimizer.init(Box(w)), None, None)
+    expected = make(TOY, optimizer)(alpha, w, optimizer.init(w), None, None)
+    np.testing.assert_allclose(found.gradient.value, expected.gradient, rtol=1e-14)
 
 
 @each_estimator
@@ -167,7 +256,7 @@ def test_two_devices_give_the_same(make):
 # Mistakes.
 
 
-@pytest.mark.parametrize("make", {**ONE_STEP, **IMPLICIT}.values(), ids={**ONE_STEP, **IMPLICIT})
+@each_through_weights
 def test_optimizer_state_must_fit(make):
     momentum, plain = OPTIMIZERS["momentum"], OPTIMIZERS["sgd"]
     alpha, w, _, *batches = classifier_inputs(momentum)

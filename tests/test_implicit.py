@@ -113,6 +113,26 @@ def test_neumann_is_unrolling_at_a_fixed_point():
     assert_close(series.gradient, unrolled.gradient, 1e-10)
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.adam(0.5), optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(RATE))],
+    ids=["adam", "clip"],
+)
+def test_neumann_through_any_optimizer_has_one_limit_at_the_minimum(optimizer):
+    """Where the gradient is zero: a preconditioner cancels, and clipping is idle."""
+    problem, alpha, w, H, B, _ = quadratic(7)
+    unravel = ravel_pytree(w)[1]
+    opt_state = optimizer.init(w)
+    for seed in range(3):  # second moments that differ
+        gradient = random_tree(np.random.default_rng(seed), kernel=(2, 2), bias=())
+        opt_state = optimizer.update(gradient, opt_state, w)[1]
+    w = unravel(jnp.asarray(-np.linalg.solve(H, B @ ravel_pytree(alpha)[0])))
+    v = ravel_pytree(jax.grad(problem.val_loss)(w, alpha, None))[0]
+    estimate = hypergradient.neumann(problem, optimizer, 1000)
+    found = implicit_term(estimate, alpha, w, opt_state)
+    np.testing.assert_allclose(found, -B.T @ np.linalg.solve(H, v), rtol=1e-8)
+
+
 def test_t1_t2_is_the_first_term():
     """-eta H_alpha,w grad_w L_val(w, alpha): Luketina et al., equation (5)."""
     problem, alpha, w, _, B, v = quadratic(3)
@@ -169,6 +189,43 @@ def test_conjugate_gradient_converges_at_its_rate():
         assert size <= 2 * bound**steps * start
 
 
+@pytest.mark.parametrize("rate", [1.0, 1e-4])
+def test_conjugate_gradient_in_single_precision_at_any_rate(rate):
+    problem, alpha, w, H, B, v = quadratic(8)
+    alpha, w = jax.tree.map(lambda x: x.astype("float32"), (alpha, w))
+    optimizer = optax.sgd(rate)
+    estimate = hypergradient.conjugate_gradient(problem, optimizer, 5, tolerance=0.0)
+    found = implicit_term(estimate, alpha, w, optimizer.init(w))
+    np.testing.assert_allclose(found, -B.T @ np.linalg.solve(H, v), rtol=2e-5)
+
+
+def test_conjugate_gradient_of_weights_of_several_precisions():
+    problem, alpha, w, H, B, v = quadratic(9)
+    w = {**w, "kernel": w["kernel"].astype("float32")}
+    optimizer = optax.sgd(RATE)
+    estimate = hypergradient.conjugate_gradient(problem, optimizer, 5)
+    found = implicit_term(estimate, alpha, w, optimizer.init(w))
+    np.testing.assert_allclose(found, -B.T @ np.linalg.solve(H, v), rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [hypergradient.conjugate_gradient, hypergradient.neumann])
+def test_a_step_of_zero_has_no_implicit_term(make):
+    """At the start of a warm-up, and between the steps of an accumulated gradient."""
+    problem, alpha, w, *_ = quadratic(10)
+    every_second = optax.MultiSteps(optax.sgd(RATE), 2).gradient_transformation()
+    for optimizer in (optax.sgd(optax.linear_schedule(0.0, RATE, 10)), every_second):
+        found = implicit_term(make(problem, optimizer), alpha, w, optimizer.init(w))
+        np.testing.assert_array_equal(found, 0)
+
+
+def test_weights_may_be_empty():
+    problem = Bilevel(lambda w, a, _: a**2, lambda w, a, _: a**3)
+    optimizer = optax.sgd(RATE)
+    estimate = hypergradient.conjugate_gradient(problem, optimizer)
+    found = estimate(jnp.array(2.0), {}, optimizer.init({}), None, None)
+    np.testing.assert_allclose(found.gradient, 12)
+
+
 @pytest.mark.parametrize("name", ["active_clip", "adam", "everything"])
 def test_conjugate_gradient_refuses_an_asymmetric_system(name):
     optimizer = OPTIMIZERS[name]
@@ -182,6 +239,8 @@ def test_conjugate_gradient_refuses_an_asymmetric_system(name):
     "optimizer",
     [
         optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(0.1)),
+        optax.chain(optax.clip_by_global_norm(1e5), optax.sgd(0.1)),
+        optax.MultiSteps(optax.adam(0.1), 3).gradient_transformation(),
         optax.lars(0.1),
         optax.sign_sgd(0.1),
         optax.rmsprop(0.1),
@@ -191,7 +250,16 @@ def test_conjugate_gradient_refuses_an_asymmetric_system(name):
         ),
         optax.sgd(0.0),
     ],
-    ids=["clip", "lars", "sign", "rmsprop", "two_rates", "no_rate"],
+    ids=[
+        "clip",
+        "wide_clip",
+        "adam_every_third",
+        "lars",
+        "sign",
+        "rmsprop",
+        "two_rates",
+        "no_rate",
+    ],
 )
 def test_conjugate_gradient_refuses_what_is_not_gradient_descent(optimizer):
     alpha, w, _, *batches = classifier_inputs(optax.sgd(0.1))
@@ -211,6 +279,17 @@ def test_conjugate_gradient_takes_decay_of_some_leaves():
     found = implicit_term(estimate, alpha, w, optimizer.init(w))
     decay = np.diag(ravel_pytree({"kernel": np.full((2, 2), 0.2), "bias": np.zeros(())})[0])
     np.testing.assert_allclose(found, -B.T @ np.linalg.solve(H + decay, v), rtol=1e-9)
+
+
+def test_conjugate_gradient_takes_noise_and_accumulation():
+    """An optimizer whose state holds a random key, and one that averages two gradients."""
+    problem, alpha, w, H, B, v = quadratic(11)
+    noisy = optax.chain(optax.add_noise(0.01, 0.55, jax.random.key(0)), optax.sgd(RATE))
+    every_second = optax.MultiSteps(optax.sgd(RATE), 2).gradient_transformation()
+    for optimizer in (noisy, every_second):
+        estimate = hypergradient.conjugate_gradient(problem, optimizer, 5, tolerance=0.0)
+        found = implicit_term(estimate, alpha, w, state_after_a_step(optimizer, w))
+        np.testing.assert_allclose(found, -B.T @ np.linalg.solve(H, v), rtol=1e-9)
 
 
 def test_numbers_must_be_in_range():
@@ -251,7 +330,6 @@ def test_ridge_regression_with_a_penalty_for_each_feature():
     for estimate in (
         hypergradient.conjugate_gradient(problem, optimizer, 4, tolerance=0.0),
         hypergradient.neumann(problem, optimizer, 1000),
-        hypergradient.unrolled(problem, optimizer, 1000),
+        hypergradient.unrolled(problem, optimizer, 1000),  # the batches are None, without leaves
     ):
-        steps = jnp.zeros(1000) if estimate.__qualname__.startswith("_through") else None
-        np.testing.assert_allclose(estimate(*inputs[:3], steps, None).gradient, expected, rtol=1e-8)
+        np.testing.assert_allclose(estimate(*inputs).gradient, expected, rtol=1e-8)

@@ -1,20 +1,21 @@
 """The implicit function theorem, its linear system solved by conjugate gradients."""
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
-from darts_jax.hypergradient.implicit import at_fixed_point, transposed_jacobian
+from darts_jax.hypergradient.implicit import at_fixed_point, transposed_change
 from darts_jax.hypergradient.problem import Bilevel, Estimator, PyTree
+from darts_jax.hypergradient.products import pull_back
 
 # Where an optimizer is probed: steps of its schedule, and sizes of gradients and weights.
 _COUNTS = (0, 1, 1000)
-_SCALES = (1e-3, 1.0, 1e3)
+_SCALES = (1e-3, 1.0, 1e6)
 
 
 def conjugate_gradient(
@@ -32,7 +33,8 @@ def conjugate_gradient(
     (sqrt(k) - 1) / (sqrt(k) + 1) a step, with k the condition number, and is zero after as many
     steps as there are distinct eigenvalues. The inverse is of the system of `implicit`, which is
     symmetric if the optimizer's step is -c (gradient + decay * w): SGD, momentum, Nesterov, weight
-    decay and schedules. Clipping, Adam and the like have no such form and are refused.
+    decay and schedules. Clipping, Adam and the like have no such form and are refused. Where c is
+    zero, as at the start of a warm-up, so is the implicit term.
 
     Cost: two gradients, num_steps + 1 Hessian products (two gradients each) and a mixed product.
     Memory: that of a Hessian product, for any num_steps.
@@ -49,44 +51,54 @@ def conjugate_gradient(
 
     Raises:
       ValueError: for num_steps or damping out of range. When called: for an optimizer whose step
-        is of another form, and as `unrolled` does.
+        is of another form, or that is made of traced values, and as `unrolled` does.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     if not damping >= 0:
         raise ValueError(f"damping must not be negative, got {damping}")
-    transposed = transposed_jacobian(problem, inner_optimizer, damping)
+    change = transposed_change(problem, inner_optimizer, damping)
+    transposed_update = pull_back(inner_optimizer)
 
     @jax.jit
     def solve(w, alpha, batch, gradient, opt_state, v):
         _require_symmetric(inner_optimizer, w)
+        u, _ = transposed_update(gradient, opt_state, w, v)
+        moves = optax.tree.norm(u) > 0  # if not, the system is singular, and any q is as good
+        flat, unravel = ravel_pytree(v)  # the solver needs one dtype
 
         def system(p):
-            step = transposed(w, alpha, batch, gradient, opt_state, p)
-            return jax.tree.map(jnp.subtract, p, step)
+            changed = change(w, alpha, batch, gradient, opt_state, unravel(p))
+            return jnp.where(moves, -ravel_pytree(changed)[0], p)
 
-        q, _ = jax.scipy.sparse.linalg.cg(system, v, tol=tolerance, maxiter=num_steps)
-        return q
+        q, _ = jax.scipy.sparse.linalg.cg(system, flat, tol=tolerance, maxiter=num_steps)
+        return unravel(q)
 
     return at_fixed_point(problem, inner_optimizer, solve)
 
 
 def _require_symmetric(optimizer: optax.GradientTransformation, w: PyTree) -> None:
     leaves, treedef = jax.tree.flatten(w)
-    if not leaves:
-        return
     # An axis is as good as its first two entries: the probe stays small.
-    shapes = tuple(tuple(min(size, 2) for size in jnp.shape(leaf)) for leaf in leaves)
-    if not _is_gradient_descent(optimizer, treedef, shapes):
+    shapes = [tuple(min(size, 2) for size in jnp.shape(leaf)) for leaf in leaves]
+    if not any(map(math.prod, shapes)):
+        return
+    try:
+        symmetric = _is_gradient_descent(optimizer, treedef, shapes)
+    except jax.errors.TracerArrayConversionError:
+        raise ValueError(
+            "inner_optimizer holds a traced value, such as its learning rate, and cannot be tried:"
+            " make it outside of jit, vmap and grad"
+        ) from None
+    if not symmetric:
         raise ValueError(
             "inner_optimizer does not step by -c (gradient + decay * w), so that its system is not"
             " symmetric: use neumann or unrolled"
         )
 
 
-@lru_cache
 def _is_gradient_descent(
-    optimizer: optax.GradientTransformation, treedef: Any, shapes: tuple[tuple[int, ...], ...]
+    optimizer: optax.GradientTransformation, treedef: Any, shapes: list[tuple[int, ...]]
 ) -> bool:
     """Whether update(g, opt_state, w) is -c (g + decay * w) plus a constant, by trying it.
 
@@ -104,7 +116,11 @@ def _is_gradient_descent(
     def rate(count: int) -> float | None:
         """c after so many steps; None if there is none."""
         state = jax.tree.map(
-            lambda x: jnp.full_like(x, count) if jnp.result_type(x).kind == "i" else x,
+            lambda x: (
+                jnp.full_like(x, count)
+                if jnp.issubdtype(jnp.result_type(x), jnp.signedinteger)
+                else x
+            ),
             optimizer.init(tree(w)),
         )
 

@@ -41,7 +41,7 @@ def finite_difference(
       radius: global norm of the movement; the paper's is 0.01. None for the textbook's balance of
         truncation and rounding, machine epsilon ** (1/3) ("forward": 1/2) times the norm of w or,
         if that is larger, 1.
-      relative: the radius is in units of norm(w) instead of w's own.
+      relative: the radius is in units of norm(w), if w is not zero, instead of w's own.
       scheme: "central", or "forward": from w to w + eps u, where the gradient at w is known.
 
     Raises:
@@ -61,7 +61,7 @@ def finite_difference(
         norm = optax.tree.norm(w)
         if radius is None:
             return jnp.finfo(norm.dtype).eps ** (1 / 3 if central else 1 / 2) * jnp.maximum(norm, 1)
-        return radius * (norm if relative else 1)
+        return radius * (jnp.where(norm > 0, norm, 1) if relative else 1)
 
     @jax.jit
     def points(w, u):

@@ -5,7 +5,7 @@ opt_state constant, then dw/d alpha = (I - J)^-1 K, with J and K the derivatives
 and in alpha. The implicit term is K^T q, where q solves (I - J)^T q = v. For SGD of rate eta on a
 loss with weight decay lambda, I - J is eta (H_ww + lambda I), K is -eta H_w,alpha, and eta cancels.
 
-A product with J^T is a pull-back through the optimizer's update and a Hessian product. So the
+A product with (J - I)^T is a pull-back through the optimizer's update and a Hessian product. So the
 Hessian is never formed, and momentum, weight decay and schedules are those of the optimizer.
 """
 
@@ -40,7 +40,9 @@ def neumann(
     optimizer does, at the rate of the largest eigenvalue of J: 1 - eta times the smallest of H_ww.
     At a fixed point it equals `unrolled` with num_steps = num_terms on one batch; elsewhere it
     takes the current w for one. opt_state is constant: for momentum the series is that of plain
-    SGD, which has the same limit.
+    SGD, which has the same limit. So has Adam's at a minimum of the training loss, where its
+    scaling cancels, and that with clipping, which is idle there. Elsewhere the derivatives of
+    either are in the series.
 
     Cost: two gradients, num_terms - 1 Hessian products (two gradients each) and a mixed product.
     Memory: that of a Hessian product, for any num_terms.
@@ -58,13 +60,14 @@ def neumann(
     """
     if num_terms < 1:
         raise ValueError(f"num_terms must be at least 1, got {num_terms}")
-    transposed = transposed_jacobian(problem, inner_optimizer)
+    change = transposed_change(problem, inner_optimizer)
 
     @jax.jit
     def series(w, alpha, batch, gradient, opt_state, v):
         def add(carry, _):
             term, total = carry
-            term = transposed(w, alpha, batch, gradient, opt_state, term)
+            changed = change(w, alpha, batch, gradient, opt_state, term)
+            term = jax.tree.map(jnp.add, term, changed)
             return (term, jax.tree.map(jnp.add, total, term)), None
 
         (_, total), _ = jax.lax.scan(add, (v, v), length=num_terms - 1)
@@ -102,25 +105,27 @@ def at_fixed_point(
     train_gradient = value_and_grad(problem.train_loss, problem.has_aux)
     validate = value_and_grad(problem.val_loss, problem.has_aux)
     product = mixed_product(problem.train_loss, problem.has_aux)
+    transposed_update = pull_back(optimizer)
 
     def estimate(alpha, w, opt_state, train_batch, val_batch) -> Estimate:
         train, (gradient, _) = train_gradient(w, alpha, train_batch)
         val, (v, direct) = validate(w, alpha, val_batch)
         q = solve(w, alpha, train_batch, gradient, opt_state, v)
-        u, _ = pull_back(optimizer)(gradient, opt_state, w, q)
+        u, _ = transposed_update(gradient, opt_state, w, q)
         return make_estimate(val, direct, product(w, alpha, train_batch, u), train)
 
     return estimate
 
 
-def transposed_jacobian(
+def transposed_change(
     problem: Bilevel, optimizer: optax.GradientTransformation, damping: float = 0.0
 ) -> Solve:
-    """`(w, alpha, batch, gradient, opt_state, p) -> J^T p`, with damping added to H_ww."""
+    """`(w, alpha, batch, gradient, opt_state, p) -> (J - I)^T p`, with damping added to H_ww."""
     hessian = hessian_product(problem.train_loss, problem.has_aux)
+    transposed_update = pull_back(optimizer)
 
     def product(w, alpha, batch, gradient, opt_state, p):
-        u, through_w = pull_back(optimizer)(gradient, opt_state, w, p)
+        u, through_w = transposed_update(gradient, opt_state, w, p)
         curvature = hessian(w, alpha, batch, u)
         return jax.tree.map(lambda a, b, u: a + b + damping * u, through_w, curvature, u)
 

@@ -2,7 +2,7 @@
 
 Estimators are written as a few of them. Called outside of jit, each is compiled once and apart,
 which takes a fraction of the time and memory of compiling an estimator as one program; estimators
-of the same loss and optimizer share them.
+of the same loss share those of the loss.
 """
 
 from collections.abc import Callable
@@ -59,7 +59,6 @@ def forward_over_reverse(train: ValueAndGrad, w, alpha, batch, u) -> tuple[PyTre
     return products
 
 
-@lru_cache
 def inner_step(optimizer: optax.GradientTransformation) -> Callable[..., PyTree]:
     """`(gradient, opt_state, w) -> w + update(gradient, opt_state, w)`.
 
@@ -76,15 +75,24 @@ def inner_step(optimizer: optax.GradientTransformation) -> Callable[..., PyTree]
     return inner_step
 
 
-@lru_cache
 def pull_back(optimizer: optax.GradientTransformation) -> Callable[..., tuple[PyTree, PyTree]]:
-    """`(gradient, opt_state, w, v) -> (cotangent of gradient, cotangent of w)` of `inner_step`."""
-    step = inner_step(optimizer)
+    """`(gradient, opt_state, w, v) -> ((dupdate/dgradient)^T v, (dupdate/dw)^T v)`.
+
+    Of the update, not of w + update: v would swallow the digits of a small rate times v.
+
+    Raises:
+      ValueError: as `inner_step` does.
+    """
 
     @jax.jit
     def pull_back(gradient, opt_state, w, v):
-        _, pullback = jax.vjp(lambda gradient, w: step(gradient, opt_state, w), gradient, w)
-        return pullback(v)
+        require_state_of(optimizer, opt_state, w)
+
+        def update(gradient, w):
+            updates, _ = optimizer.update(gradient, opt_state, w)
+            return jax.tree.map(lambda u, w: jnp.asarray(u, w.dtype), updates, w)
+
+        return jax.vjp(update, gradient, w)[1](v)
 
     return pull_back
 
@@ -93,7 +101,8 @@ def require_state_of(
     optimizer: optax.GradientTransformation, opt_state: optax.OptState, w: PyTree
 ) -> None:
     def signature(state):
-        return jax.tree.map(jnp.shape, state)
+        leaves, structure = jax.tree.flatten(state)
+        return structure, [jnp.shape(leaf) for leaf in leaves]
 
     if signature(opt_state) != signature(jax.eval_shape(optimizer.init, w)):
         raise ValueError("opt_state is not of inner_optimizer and w: make it by its init(w)")

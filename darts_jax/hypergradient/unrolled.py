@@ -92,12 +92,13 @@ def through_one_step(
     """The estimator for one inner step, by `product(w, alpha, batch, u, alpha_gradient)`."""
     train_gradient = value_and_grad(problem.train_loss, problem.has_aux)
     validate = value_and_grad(problem.val_loss, problem.has_aux)
+    step, transposed_update = inner_step(optimizer), pull_back(optimizer)
 
     def estimate(alpha, w, opt_state, train_batch, val_batch) -> Estimate:
         train, (gradient, alpha_gradient) = train_gradient(w, alpha, train_batch)
-        w_prime = inner_step(optimizer)(gradient, opt_state, w)
+        w_prime = step(gradient, opt_state, w)
         val, (v, direct) = validate(w_prime, alpha, val_batch)
-        u, _ = pull_back(optimizer)(gradient, opt_state, w, v)
+        u, _ = transposed_update(gradient, opt_state, w, v)
         implicit = product(w, alpha, train_batch, u, alpha_gradient)
         return make_estimate(val, direct, implicit, train)
 
@@ -124,31 +125,38 @@ def _differentiable_step(
 def _through_steps(problem: Bilevel, step: Callable, num_steps: int, kept: int) -> Estimator:
     """The estimator that pulls v = grad_w' L_val back through the last steps to alpha."""
     validate = value_and_grad(problem.val_loss, problem.has_aux)
+    constant = num_steps - kept
 
-    def run(alpha, carry, batches, length):
-        return jax.lax.scan(partial(step, alpha), carry, batches, length=length)
-
-    def estimate(alpha, w, opt_state, train_batch, val_batch) -> Estimate:
+    @jax.jit
+    def advance(alpha, carry, train_batch):
+        """w', the pullback of alpha -> w' through the steps that are kept, every Evaluation."""
         if num_steps == 1:
             train_batch = jax.tree.map(lambda x: jnp.asarray(x)[None], train_batch)
         require_leading_axis(train_batch, num_steps)
-        constant, carry, last = num_steps - kept, (w, opt_state), train_batch
+        first = jax.tree.map(lambda x: x[:constant], train_batch)
+        last = jax.tree.map(lambda x: x[constant:], train_batch)
         if constant:
-            first = jax.tree.map(lambda x: x[:constant], train_batch)
-            last = jax.tree.map(lambda x: x[constant:], train_batch)
-            carry, before = run(alpha, carry, first, constant)
+            carry, before = jax.lax.scan(partial(step, alpha), carry, first, length=constant)
 
         def unroll(alpha):
-            (w_prime, _), train = run(alpha, carry, last, kept)
+            (w_prime, _), train = jax.lax.scan(partial(step, alpha), carry, last, length=kept)
             return w_prime, train
 
         w_prime, pullback, train = jax.vjp(unroll, alpha, has_aux=True)
-        val, (v, direct) = validate(w_prime, alpha, val_batch)
         if constant:
             train = jax.tree.map(lambda *parts: jnp.concatenate(parts), before, train)
         if num_steps == 1:
             train = jax.tree.map(lambda x: x[0], train)
-        return make_estimate(val, direct, pullback(v)[0], train)
+        return w_prime, pullback, train
+
+    @jax.jit
+    def pull_through(pullback, v):
+        return pullback(v)[0]
+
+    def estimate(alpha, w, opt_state, train_batch, val_batch) -> Estimate:
+        w_prime, pullback, train = advance(alpha, (w, opt_state), train_batch)
+        val, (v, direct) = validate(w_prime, alpha, val_batch)
+        return make_estimate(val, direct, pull_through(pullback, v), train)
 
     return estimate
 
