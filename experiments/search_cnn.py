@@ -286,19 +286,36 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
 def check(config: Config) -> None:
     """Raises a ValueError for what can be seen to be wrong before anything is loaded."""
     data.check(config.data.name)
+    w, alpha = config.search.w, config.search.alpha
     for name, value, least in (
         ("data.crop", config.data.crop, 0),
         ("data.cutout", config.data.cutout, 0),
         ("network.channels", config.network.channels, 1),
         ("network.nodes", config.network.nodes, 1),
         ("search.epochs", config.search.epochs, 1),
+        ("search.w.learning-rate", w.learning_rate, 0),
+        ("search.w.learning-rate-min", w.learning_rate_min, 0),
+        ("search.w.momentum", w.momentum, 0),
+        ("search.w.weight-decay", w.weight_decay, 0),
+        ("search.alpha.learning-rate", alpha.learning_rate, 0),
+        ("search.alpha.b1", alpha.b1, 0),
+        ("search.alpha.b2", alpha.b2, 0),
+        ("search.alpha.weight-decay", alpha.weight_decay, 0),
         ("seed", config.seed, 0),
         ("log-every", config.log_every, 1),
     ):
-        if value < least:
+        if not value >= least:
             raise ValueError(f"--{name} is {value}; give at least {least}")
-    if not config.search.radius > 0:
-        raise ValueError(f"--search.radius is {config.search.radius}; give more than 0")
+    for name, value in (("radius", config.search.radius), ("w.clip", w.clip)):
+        if not value > 0:
+            raise ValueError(f"--search.{name} is {value}; give more than 0")
+    for name, value in (
+        ("w.momentum", w.momentum),
+        ("alpha.b1", alpha.b1),
+        ("alpha.b2", alpha.b2),
+    ):
+        if not value < 1:
+            raise ValueError(f"--search.{name} is {value}; give less than 1")
     if config.seed >= 2**32:
         raise ValueError(f"--seed is {config.seed}; give less than 2**32")
 

@@ -37,7 +37,7 @@ ESTIMATORS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Search the toy bilevel problem with every estimator."""
+    """Search the toy bilevel problem at constant weights, through a step, and approximately so."""
 
     start: tuple[float, float] = (2.0, -2.0)
     """Where w and alpha start."""
@@ -78,6 +78,11 @@ def run(argv: Sequence[str]) -> None:
     """Print where each estimator ends for each xi, beside the fixed point 2 / (1 + 2 xi)."""
     with command_line.user_errors():
         _, config = command_line.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
+        if config.num_steps < 1:
+            raise ValueError(f"--num-steps is {config.num_steps}; give at least 1")
+        for xi in config.xi:
+            if not xi > 0:
+                raise ValueError(f"--xi is {xi}; give more than 0")
     table = Table(title="Toy bilevel problem (optimum: w = alpha = 1)")
     for column in ("start", "xi", "estimator", "final (w, alpha)", "fixed point"):
         table.add_column(column, no_wrap=True)

@@ -351,6 +351,12 @@ def assert_refused(capsys, arguments, *texts, code=2):
         (["smoke", "--log-every", "0"], ("--log-every is 0; give at least 1",)),
         (["smoke", "--seed", "-1"], ("--seed is -1; give at least 0",)),
         (["smoke", "--search.radius", "0"], ("--search.radius is 0.0; give more than 0",)),
+        (["smoke", "--search.w.clip", "0"], ("--search.w.clip is 0.0; give more than 0",)),
+        (["smoke", "--search.w.momentum", "1"], ("--search.w.momentum is 1.0; give less than 1",)),
+        (
+            ["smoke", "--search.alpha.learning-rate", "-1"],
+            ("--search.alpha.learning-rate is -1.0; give at least 0",),
+        ),
         (["smoke", "--search.radius", "nan"], ("--search.radius is nan; give more than 0",)),
         (["smoke", "--data.crop", "-1"], ("--data.crop is -1; give at least 0",)),
     ],

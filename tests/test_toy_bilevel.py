@@ -21,3 +21,15 @@ def test_command(capsys):
 def test_unknown_preset(capsys):
     assert toy_bilevel.main(["smok"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--xi", "-0.5"], "--xi is -0.5; give more than 0"),
+        (["--num-steps", "0"], "--num-steps is 0; give at least 1"),
+    ],
+)
+def test_bad_input(argv, message, capsys):
+    assert toy_bilevel.main(argv) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"

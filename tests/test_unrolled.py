@@ -199,3 +199,23 @@ def test_truncated_to_the_last_steps(mode, truncate):
 def test_truncate_must_be_a_number_of_steps(truncate):
     with pytest.raises(ValueError, match=f"truncate must be from 1 to num_steps=3, got {truncate}"):
         hypergradient.unrolled(CLASSIFIER, optax.sgd(0.1), 3, truncate=truncate)
+
+
+def test_a_rule_that_is_not_the_derivative_needs_reverse_mode():
+    """Forward mode takes the Hessian for symmetric; a scaled gradient makes it another."""
+
+    @jax.custom_vjp
+    def tenth_of_the_gradient(x):
+        return x
+
+    tenth_of_the_gradient.defvjp(lambda x: (x, None), lambda _, ct: (ct / 10,))
+    problem = Bilevel(
+        lambda w, a, _: (tenth_of_the_gradient(w) - a) ** 2, lambda w, a, _: (w - 1) ** 2
+    )
+    rate, alpha, w = 0.1, 2.0, 3.0
+
+    def after_step(alpha):
+        return (w - rate * 2 * (w - alpha) / 10 - 1) ** 2
+
+    found = toy_estimate(reverse, rate, alpha, w, problem).gradient
+    np.testing.assert_allclose(found, jax.grad(after_step)(alpha), rtol=1e-12)

@@ -33,8 +33,9 @@ def conjugate_gradient(
     (sqrt(k) - 1) / (sqrt(k) + 1) a step, with k the condition number, and is zero after as many
     steps as there are distinct eigenvalues. The inverse is of the system of `implicit`, which is
     symmetric if the optimizer's step is -c (gradient + decay * w): SGD, momentum, Nesterov, weight
-    decay and schedules. Clipping, Adam and the like have no such form and are refused. Where c is
-    zero, as at the start of a warm-up, so is the implicit term.
+    decay and schedules. Adam and the like have no such form and are refused, as is clipping (of
+    gradients up to 1e6, as far as it is tried). Where c is zero, as at the start of a warm-up, so
+    is the implicit term.
 
     Cost: two gradients, num_steps + 1 Hessian products (two gradients each) and a mixed product.
     Memory: that of a Hessian product, for any num_steps.
@@ -47,16 +48,17 @@ def conjugate_gradient(
       inner_optimizer: the transformation that trains w, which decides what a fixed point is.
       num_steps: of conjugate gradients at most, at least 1.
       damping: added to the Hessian's diagonal, not negative.
-      tolerance: stop when the residual is smaller than this share of v.
+      tolerance: stop when the residual is smaller than this share of v, not negative.
 
     Raises:
-      ValueError: for num_steps or damping out of range. When called: for an optimizer whose step
-        is of another form, or that is made of traced values, and as `unrolled` does.
+      ValueError: for num_steps, damping or tolerance out of range. When called: for an optimizer
+        whose step is of another form, or that is made of traced values, and as `unrolled` does.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    if not damping >= 0:
-        raise ValueError(f"damping must not be negative, got {damping}")
+    for name, value in (("damping", damping), ("tolerance", tolerance)):
+        if not value >= 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
     change = transposed_change(problem, inner_optimizer, damping)
     transposed_update = pull_back(inner_optimizer)
 

@@ -36,13 +36,14 @@ def neumann(
 
         q = sum of (J^T)^j v over j < num_terms
 
-    Lorraine et al. 2020 (arXiv 1911.02590), iDARTS (arXiv 2106.10784). It converges where the inner
-    optimizer does, at the rate of the largest eigenvalue of J: 1 - eta times the smallest of H_ww.
-    At a fixed point it equals `unrolled` with num_steps = num_terms on one batch; elsewhere it
-    takes the current w for one. opt_state is constant: for momentum the series is that of plain
-    SGD, which has the same limit. So has Adam's at a minimum of the training loss, where its
-    scaling cancels, and that with clipping, which is idle there. Elsewhere the derivatives of
-    either are in the series.
+    Lorraine et al. 2020 (arXiv 1911.02590), iDARTS (arXiv 2106.10784). It converges where no
+    eigenvalue of J reaches 1 in size: for SGD where the rate eta is below 2 over the largest
+    eigenvalue of H_ww, and then as 1 - eta times the smallest. At a fixed point it equals
+    `unrolled` by SGD without momentum, num_steps = num_terms, on one batch; elsewhere it takes the
+    current w for one. opt_state is constant: for momentum the series is that of plain SGD, which
+    has the same limit and bears no larger rate; Nesterov's mu makes the rate eta (1 + mu). At a
+    minimum of the training loss Adam's limit is the same too, as its scaling cancels, and that with
+    clipping, which is idle there. Elsewhere the derivatives of either are in the series.
 
     Cost: two gradients, num_terms - 1 Hessian products (two gradients each) and a mixed product.
     Memory: that of a Hessian product, for any num_terms.

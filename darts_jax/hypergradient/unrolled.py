@@ -46,8 +46,8 @@ def unrolled(
 
     Cost: for one step two gradients and a mixed product, which is worth about two more; for K of
     them K gradients and one at the end, then a mixed and a Hessian product for each differentiated
-    step. Memory: that of a gradient twice over, and for K steps K copies of w and opt_state; in
-    reverse mode every intermediate value of K steps, with remat those of one.
+    step. Memory: that of a gradient twice over, and for K steps K copies of w, opt_state and what
+    the update keeps; in reverse mode every intermediate value of K steps, with remat those of one.
 
     The right one by default: it is the derivative of what the inner optimizer does, and one step
     costs what its approximation by `finite_difference` does. More steps see further, and cost more.
@@ -59,11 +59,13 @@ def unrolled(
       num_steps: inner steps, at least 1. When more, every leaf of train_batch has a leading axis
         of num_steps: one batch a step.
       mode: how the gradient of the training loss is differentiated. "forward" (over reverse) keeps
-        only w, opt_state and the batch of each step in memory, but takes batches as constants and
-        needs the rules of any `jax.custom_vjp` in the loss to be differentiable forward, which a
-        rule that calls its own function is not. "reverse" (over reverse) has neither limit, and
-        keeps every intermediate value of every step.
-      remat: `jax.checkpoint` each step, so that reverse mode keeps those of one step at a time.
+        w, opt_state, the batch and what the update needs of each step in memory, but takes batches
+        as constants, and needs the rule of any `jax.custom_vjp` in the loss to be the true
+        derivative (a straight-through, reversed or scaled gradient gives another number here) and
+        differentiable forward, which a rule that calls its own function is not. "reverse" (over
+        reverse) has none of these limits, and keeps every intermediate value of every step.
+      remat: `jax.checkpoint` each step, so that the intermediate values of one step are kept at a
+        time, those of its update included.
       truncate: differentiate the last so many steps alone; those before move w, and count as
         constant in alpha. None for all.
 
