@@ -265,23 +265,28 @@ def radius_sweep(
     exact = hypergradient.unrolled(bilevel, optimizer)
     point = cast(point, "bfloat16")
 
-    def implicit(estimate: Estimator, precision: str) -> PyTree:
+    # A process can hold only so many compiled programs: those of a precision go when it is done.
+    own: dict[str, Compiled] = {"float32": compiled, "float64": {}}
+
+    def implicit(estimate: Estimator, precision: str, stages: Compiled) -> PyTree:
         with jax.enable_x64(precision == "float64"):
             here = cast(point, precision)
-            program = compile_stages(estimate, here, compiled, prefixed(precision, say))
+            program = compile_stages(estimate, here, stages, prefixed(precision, say))
             return jax.device_get(program.call(*here).implicit)
 
-    reference = implicit(exact, "float64")
+    reference = implicit(exact, "float64", own["float64"])
     lines = []
-    for precision in precisions:
+    for precision in sorted(precisions, key=lambda name: name != "float64"):
+        stages = own.pop(precision, {})
         for radius in (None, *radii):
             estimate = (
                 hypergradient.finite_difference(bilevel, optimizer, radius=radius)
                 if radius
                 else exact
             )
-            values = agreement(implicit(estimate, precision), reference)
+            values = agreement(implicit(estimate, precision, stages), reference)
             lines.append({"precision": precision, "radius": radius, **values})
+    lines.sort(key=lambda line: precisions.index(line["precision"]))
     return lines
 
 
