@@ -141,15 +141,16 @@ def run_search(
     Raises:
       NonFinite: by a loss that is not finite.
     """
-    advance = None
     state = problem.init(seed)
+    train_batch, _ = problem.batches(seed, state, 0)
+    example = state, state.alpha, train_batch
+    advance = compile_stages(_make_advance(problem), example, compiled)
     for step in range(problem.num_steps):
         point = point_of(state, *problem.batches(seed, state, step))
         observe(step, state, point)
         estimate = program.call(*point)
-        if advance is None:
-            advance = _make_advance(problem, state, point, compiled)
-        state, loss = advance(state, estimate.gradient, point)
+        train_batch = point[3]
+        state, loss = advance.call(state, estimate.gradient, train_batch)
         if not np.isfinite(loss):
             raise NonFinite(
                 f"step {step + 1} of seed {seed}: the training loss is {loss}; lower the learning"
@@ -159,44 +160,42 @@ def run_search(
     return state
 
 
-def step_alpha(
-    problem: Problem, state: search.SearchState, gradient: PyTree
-) -> tuple[PyTree, optax.OptState]:
-    """Alpha and the state of its optimizer after one step along a hypergradient."""
-    updates, opt_state = problem.alpha_optimizer.update(
-        gradient, state.alpha_opt_state, state.alpha
-    )
-    return optax.apply_updates(state.alpha, updates), opt_state
-
-
 def _make_advance(
-    problem: Problem, state: search.SearchState, point: Point, compiled: Compiled
-) -> Callable:
-    """`advance(state, hypergradient, point) -> (next state, training loss)`."""
-    alpha, w, _, train_batch, _ = point
+    problem: Problem,
+) -> Callable[[search.SearchState, PyTree, PyTree], tuple[search.SearchState, jax.Array]]:
+    """`advance(state, hypergradient, train_batch) -> (next state, training loss)`."""
     has_aux = problem.bilevel.has_aux
-    differentiate = compile_stages(
-        value_and_grad(problem.bilevel.train_loss, has_aux), (w, alpha, train_batch), compiled
-    )
+    differentiate = value_and_grad(problem.bilevel.train_loss, has_aux)
+
+    @jax.jit
+    def step_alpha(gradient, opt_state, alpha):
+        return _step(problem.alpha_optimizer, gradient, opt_state, alpha)
 
     @jax.jit
     def step_w(gradient, opt_state, w):
-        updates, opt_state = problem.w_optimizer.update(gradient, opt_state, w)
-        return optax.apply_updates(w, updates), opt_state
+        return _step(problem.w_optimizer, gradient, opt_state, w)
 
-    move_alpha = jax.jit(lambda state, gradient: step_alpha(problem, state, gradient))
-
-    def advance(state, hypergradient, point):
-        alpha, alpha_opt_state = move_alpha(state, hypergradient)
-        train, (gradient, _) = differentiate.call(state.w, alpha, point[3])
+    def advance(state, hypergradient, train_batch):
+        alpha, alpha_opt_state = step_alpha(hypergradient, state.alpha_opt_state, state.alpha)
+        train, (gradient, _) = differentiate(state.w, alpha, train_batch)
         w, w_opt_state = step_w(gradient, state.w_opt_state, state.w)
         batch_stats = train.aux.batch_stats if has_aux else None
         state = search.SearchState(
             state.step + 1, state.key, w, alpha, batch_stats, w_opt_state, alpha_opt_state
         )
-        return state, float(train.value)
+        return state, train.value
 
     return advance
+
+
+def _step(
+    optimizer: optax.GradientTransformation,
+    gradient: PyTree,
+    opt_state: optax.OptState,
+    params: PyTree,
+) -> tuple[PyTree, optax.OptState]:
+    updates, opt_state = optimizer.update(gradient, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
 
 
 # The comparison at one state.
@@ -219,8 +218,9 @@ def compare(
         )
     tops = {}
     if problem.cells:
+        before = state.alpha_opt_state, state.alpha
         tops = {
-            name: top_operations(step_alpha(problem, state, estimate.gradient)[0])
+            name: top_operations(_step(problem.alpha_optimizer, estimate.gradient, *before)[0])
             for name, (estimate, _) in results.items()
         }
     lines = []
@@ -265,7 +265,8 @@ def radius_sweep(
     exact = hypergradient.unrolled(bilevel, optimizer)
     point = cast(point, "bfloat16")
 
-    # A process can hold only so many compiled programs: those of a precision go when it is done.
+    # A process can hold only so many compiled programs (each is thousands of memory maps): those of
+    # a precision go when it is done, those of one radius at once.
     own: dict[str, Compiled] = {"float32": compiled, "float64": {}}
 
     def implicit(estimate: Estimator, precision: str, stages: Compiled) -> PyTree:
@@ -278,13 +279,13 @@ def radius_sweep(
     lines = []
     for precision in sorted(precisions, key=lambda name: name != "float64"):
         stages = own.pop(precision, {})
-        for radius in (None, *radii):
-            estimate = (
-                hypergradient.finite_difference(bilevel, optimizer, radius=radius)
-                if radius
-                else exact
-            )
-            values = agreement(implicit(estimate, precision, stages), reference)
+        estimators = {None: exact} | {
+            radius: hypergradient.finite_difference(bilevel, optimizer, radius=radius)
+            for radius in radii
+        }
+        for radius, estimate in estimators.items():
+            kept = stages if radius in (None, radii[0]) else dict(stages)
+            values = agreement(implicit(estimate, precision, kept), reference)
             lines.append({"precision": precision, "radius": radius, **values})
     lines.sort(key=lambda line: precisions.index(line["precision"]))
     return lines

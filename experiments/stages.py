@@ -1,8 +1,9 @@
 """Compiling a function stage by stage, to see what each costs, and what estimators share.
 
 An estimator is a few jitted functions called from Python. Traced, it is an outline whose entries
-are these stages; here each is compiled on its own, once for all functions that call it. So time and
-scratch memory can be told apart by estimator, and nothing is compiled for the telling alone.
+are these stages; here each is compiled on its own, once for all functions that call it or another
+that computes the same. So time and scratch memory can be told apart by estimator, and nothing is
+compiled for the telling alone.
 """
 
 import time
@@ -90,7 +91,7 @@ def _runner(equation: Any, compiled: dict[Hashable, Stage], say: Say) -> Stage |
     if equation.primitive.name != "jit":
         return partial(_run_primitive, equation)
     if inner not in compiled:  # the same object, wherever the same jitted function is called
-        compiled[inner] = _compile(equation.params["name"], inner, say)
+        compiled[inner] = _compile(equation.params["name"], inner, compiled, say)
     return compiled[inner]
 
 
@@ -99,13 +100,19 @@ def _run_primitive(equation: Any, *args: jax.Array) -> list[jax.Array]:
     return outputs if equation.primitive.multiple_results else [outputs]
 
 
-def _compile(name: str, closed: Any, say: Say) -> Stage:
-    label = name.replace("_", " ")
-    say(label)
+def _compile(name: str, closed: Any, compiled: dict[Hashable, Stage], say: Say) -> Stage:
     run = jaxpr_as_fun(closed)
     run.__name__ = name  # by which profilers, and the compilation cache, know the program
     start = time.perf_counter()
-    program = jax.jit(run).lower(*closed.in_avals).compile()
-    seconds = time.perf_counter() - start
-    say(label, seconds)
-    return Stage(program, seconds, program.memory_analysis().temp_size_in_bytes)
+    # An argument that is not used stays one, so that programs of one text are called alike.
+    lowered = jax.jit(run, keep_unused=True).lower(*closed.in_avals)
+    text = lowered.as_text()
+    if text not in compiled:
+        label = name.replace("_", " ")
+        say(label)
+        program = lowered.compile()
+        seconds = time.perf_counter() - start
+        say(label, seconds)
+        memory = program.memory_analysis().temp_size_in_bytes
+        compiled[text] = Stage(program, seconds, memory)
+    return compiled[text]

@@ -78,3 +78,23 @@ def test_scratch_memory_is_that_of_the_largest_stage():
     both = compile_stages(lambda x: small(x) + large(x), (x,), {})
     alone = [compile_stages(function, (x,), {}).temp_bytes for function in (small, large)]
     assert both.temp_bytes == max(alone) >= 4 * 1000 * 1000 > min(alone)
+
+
+def test_programs_are_shared_by_what_they_compute():
+    """Another function of the same text shares one; that of another argument does not."""
+
+    def pick(index):
+        @jax.jit
+        def pick(*args):
+            return 2 * args[index]
+
+        return pick
+
+    compiled = {}
+    for index in (0, 1, 0):
+        program = compile_stages(pick(index), (jnp.ones(2), jnp.zeros(2)), compiled)
+        assert (
+            program.call(jnp.array([3.0, 4.0]), jnp.array([5.0, 6.0])).tolist()
+            == ([[6.0, 8.0], [10.0, 12.0]][index])
+        )
+    assert len(set(compiled.values())) == 2
