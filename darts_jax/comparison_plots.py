@@ -30,7 +30,11 @@ STYLES = {
     "conjugate_gradient": {"color": "#56B4E9", "marker": "X", "linestyle": ":"},
 }
 OTHERS = {"color": PALE, "marker": "*", "linestyle": "--"}
-PRECISIONS = {"float32": "#D55E00", "float64": "#0072B2", "bfloat16": "#009E73"}
+PRECISIONS = {  # where two of them agree, both are seen
+    "float32": {"color": "#D55E00", "linestyle": "--", "zorder": 2.2},
+    "float64": {"color": "#0072B2", "linestyle": "-", "zorder": 2.1},
+    "bfloat16": {"color": "#009E73", "linestyle": "-.", "zorder": 2.3},
+}
 
 
 class Cost(NamedTuple):
@@ -54,9 +58,9 @@ def draw_cosines(
       The two files, SVG and PNG.
     """
     figure, panels = _grid(1, len(cosines), (3.4, 2.9))
+    lowest = 0.0
     for axes, (term, lines) in zip(panels, cosines.items(), strict=True):
         axes.axhline(0, color=PALE, linewidth=0.6, zorder=0)
-        lowest = 0.0
         for index, (name, line) in enumerate(lines.items()):
             values = np.asarray(line, float)
             if np.isfinite(values).any():
@@ -64,6 +68,7 @@ def draw_cosines(
                 axes.plot(steps, values, label=name, **_line(name, len(values), index))
         axes.set_title(term, **_title())
         axes.set_xlabel("step", **LABEL)
+    for axes in panels:
         axes.set_ylim(lowest - 0.05, 1.05)
     panels[0].set_ylabel("cosine with the exact one", **LABEL)
     _legend(figure, panels)
@@ -89,13 +94,12 @@ def draw_radius_errors(
     """
     figure, (axes,) = _grid(1, 1, (4.6, 3.5))
     for precision, line in errors.items():
-        color = PRECISIONS[precision]
+        style = {**PRECISIONS[precision], "marker": "o", "markersize": 3, "linewidth": 1.3}
         values = np.array([line[r] for r in sorted(line)], float)
         values[values <= 0] = np.nan
-        style = {"color": color, "marker": "o", "markersize": 3, "linewidth": 1.3}
         axes.plot(sorted(line), values, label=precision, **style)
         if exact.get(precision):
-            axes.axhline(exact[precision], color=color, linestyle=":", linewidth=1)
+            axes.axhline(exact[precision], color=style["color"], linestyle=":", linewidth=1)
     axes.plot([], [], color=INK, linestyle=":", linewidth=1, label="exact, that precision")
     axes.axvline(radius, color=PALE, linewidth=0.8, zorder=0)
     axes.annotate(
