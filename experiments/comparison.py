@@ -266,7 +266,7 @@ def radius_sweep(
     point = cast(point, "bfloat16")
 
     # A process can hold only so many compiled programs (each is thousands of memory maps): those of
-    # a precision go when it is done, those of one radius at once.
+    # a precision go when it is done.
     own: dict[str, Compiled] = {"float32": compiled, "float64": {}}
 
     def implicit(estimate: Estimator, precision: str, stages: Compiled) -> PyTree:
@@ -284,8 +284,7 @@ def radius_sweep(
             for radius in radii
         }
         for radius, estimate in estimators.items():
-            kept = stages if radius in (None, radii[0]) else dict(stages)
-            values = agreement(implicit(estimate, precision, kept), reference)
+            values = agreement(implicit(estimate, precision, stages), reference)
             lines.append({"precision": precision, "radius": radius, **values})
     lines.sort(key=lambda line: precisions.index(line["precision"]))
     return lines

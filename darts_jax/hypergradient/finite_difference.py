@@ -1,5 +1,6 @@
 """The gradient through one step, its mixed product by a finite difference."""
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -57,29 +58,33 @@ def finite_difference(
     central = scheme == "central"
     gradient = alpha_gradient(problem.train_loss, problem.has_aux)
 
-    def movement(w):
-        norm = optax.tree.norm(w)
-        if radius is None:
-            return jnp.finfo(norm.dtype).eps ** (1 / 3 if central else 1 / 2) * jnp.maximum(norm, 1)
-        return radius * (jnp.where(norm > 0, norm, 1) if relative else 1)
-
-    @jax.jit
-    def points(w, u):
-        norm = optax.tree.norm(u)
-        eps = movement(w) / jnp.where(norm > 0, norm, 1)  # u = 0 moves nothing: the product is zero
-
-        def move(sign):
-            return jax.tree.map(lambda w, u: w + (sign * eps).astype(u.dtype) * u, w, u)
-
-        return move(1), move(-1) if central else w, 2 * eps if central else eps
-
-    @jax.jit
-    def quotient(plus, minus, distance):
-        return jax.tree.map(lambda p, m: (p - m) / distance.astype(p.dtype), plus, minus)
-
     def product(w, alpha, batch, u, at_w):
-        plus, minus, distance = points(w, u)
+        plus, minus, distance = points(w, u, radius, relative, central)
         base = gradient(minus, alpha, batch) if central else at_w
         return quotient(gradient(plus, alpha, batch), base, distance)
 
     return through_one_step(problem, inner_optimizer, product)
+
+
+# The radius is an argument: estimators of all radii share one program.
+@partial(jax.jit, static_argnames=("relative", "central"))
+def points(w, u, radius, relative, central):
+    """The two points whose gradients are compared, and their distance in units of u."""
+    norm, w_norm = optax.tree.norm(u), optax.tree.norm(w)
+    if radius is None:
+        order = 1 / 3 if central else 1 / 2
+        radius = jnp.finfo(w_norm.dtype).eps ** order * jnp.maximum(w_norm, 1)
+    elif relative:
+        radius = radius * jnp.where(w_norm > 0, w_norm, 1)
+    eps = radius / jnp.where(norm > 0, norm, 1)  # u = 0 moves nothing: the product is zero
+
+    def move(sign):
+        return jax.tree.map(lambda w, u: w + (sign * eps).astype(u.dtype) * u, w, u)
+
+    return move(1), move(-1) if central else w, 2 * eps if central else eps
+
+
+@jax.jit
+def quotient(plus, minus, distance):
+    """The difference of the two gradients over the distance of their points."""
+    return jax.tree.map(lambda p, m: (p - m) / distance.astype(p.dtype), plus, minus)
