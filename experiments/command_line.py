@@ -4,6 +4,7 @@ Exit codes: 0 done; 2 bad input; 3 a metric or a weight is not finite; 130 (SIGI
 143 (SIGTERM) stopped, to be resumed.
 """
 
+import math
 import os
 import shlex
 import signal
@@ -75,6 +76,20 @@ def user_errors() -> Iterator[None]:
         yield
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from error
+
+
+def check_at_least(*rows: tuple[str, float, float]) -> None:
+    """Raises a ValueError for the first (flag, value, least) whose value is less, or no number."""
+    for name, value, least in rows:
+        if not value >= least:
+            raise ValueError(f"--{name} is {value}; give at least {least}")
+
+
+def check_positive(*rows: tuple[str, float]) -> None:
+    """Raises a ValueError for the first (flag, value) that is not positive and finite."""
+    for name, value in rows:
+        if not 0 < value < math.inf:
+            raise ValueError(f"--{name} is {value}; give more than 0, and no infinity")
 
 
 def parse(

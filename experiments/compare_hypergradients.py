@@ -11,11 +11,9 @@ comparison.jsonl, comparison.csv and figures (see docs/experiments.md).
 """
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -25,7 +23,6 @@ import numpy as np
 import tyro
 
 from darts_jax import genotype
-from darts_jax.files import write_text
 from darts_jax.search import SearchState
 from experiments import command_line, comparison, comparison_report, runner, search_cnn
 from experiments.comparison import Compiled, Line, Point
@@ -115,7 +112,7 @@ PRESETS = {
 def check(config: Config) -> None:
     """Raises a ValueError for what can be seen to be wrong before anything is loaded."""
     settings = config.settings
-    for name, value, least in (
+    command_line.check_at_least(
         ("every", config.every, 1),
         ("radii-per-decade", config.radii_per_decade, 1),
         ("num-seeds", config.num_seeds, 1),
@@ -123,12 +120,10 @@ def check(config: Config) -> None:
         ("settings.neumann-terms", settings.neumann_terms, 1),
         ("settings.cg-steps", settings.cg_steps, 1),
         ("settings.cg-damping", settings.cg_damping, 0),
-    ):
-        if not value >= least:
-            raise ValueError(f"--{name} is {value}; give at least {least}")
-    for name, value in (("radius", settings.radius), ("small-radius", settings.small_radius)):
-        if not 0 < value < np.inf:
-            raise ValueError(f"--settings.{name} is {value}; give more than 0, and no infinity")
+    )
+    command_line.check_positive(
+        ("settings.radius", settings.radius), ("settings.small-radius", settings.small_radius)
+    )
     if config.seed + config.num_seeds > 2**32:
         raise ValueError(f"--seed is {config.seed}; give less than 2**32, all seeds included")
     check_problem(config.problem)
@@ -276,11 +271,11 @@ def run(argv: Sequence[str]) -> None:
             problem = make(config.problem)
             point = comparison.start(problem, config.seed)
         lines: list[Line] = []
-        with _writing(workdir):
-            _write_config(config, workdir)
+        with runner.writing(workdir):
+            runner.write_config(config, workdir)
         for part in measure(config, problem, point, display):
             lines += part
-            with _writing(workdir):
+            with runner.writing(workdir):
                 comparison_report.write(lines, workdir)
         with display.phase("drawing"):
             comparison_report.draw(lines, problem.alpha_names, config.settings.radius, workdir)
@@ -289,24 +284,6 @@ def run(argv: Sequence[str]) -> None:
     display.console.print(f"written to {workdir}", soft_wrap=True, highlight=False)
     command = command_line.next_command(MODULE, argv, config.seed + config.num_seeds)
     display.console.print(f"next: {command}", soft_wrap=True, highlight=False)
-
-
-@contextmanager
-def _writing(workdir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise command_line.UserError(
-            f"cannot write to {workdir} ({error}); give another --workdir"
-        ) from error
-
-
-def _write_config(config: Config, workdir: Path) -> None:
-    """Writes config.json as `runner.check_workdir` reads it."""
-    fields = dataclasses.asdict(config)
-    fields.pop("workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_text(workdir / "config.json", json.dumps(fields, indent=2) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,8 +14,7 @@ import optax
 
 from darts_jax import data, genotype, search
 from darts_jax.hypergradient import Bilevel
-from darts_jax.networks import Supernet
-from experiments import search_cnn, toy_bilevel
+from experiments import command_line, runner, search_cnn, toy_bilevel
 from experiments.config import (
     AlphaConfig,
     DataConfig,
@@ -141,13 +140,13 @@ def make(config: ProblemConfig) -> Problem:
 
 def check_problem(config: ProblemConfig) -> None:
     """Raises a ValueError for a field out of range, before anything is loaded."""
-    fields = _flatten(dataclasses.asdict(config))
-    for name, least in _LEAST.items():
-        if name in fields and not fields[name] >= least:
-            raise ValueError(f"{_flag(name)} is {fields[name]}; give at least {least}")
-    for name in _POSITIVE:
-        if name in fields and not 0 < fields[name] < np.inf:
-            raise ValueError(f"{_flag(name)} is {fields[name]}; give more than 0, and no infinity")
+    fields = runner.flatten(dataclasses.asdict(config))
+    command_line.check_at_least(
+        *((_flag(name), fields[name], least) for name, least in _LEAST.items() if name in fields)
+    )
+    command_line.check_positive(
+        *((_flag(name), fields[name]) for name in _POSITIVE if name in fields)
+    )
     if isinstance(config, CleaningConfig) and not 0 <= config.flipped <= 1:
         raise ValueError(f"--problem.flipped is {config.flipped}; give a share from 0 to 1")
     if isinstance(config, CnnConfig):
@@ -155,15 +154,7 @@ def check_problem(config: ProblemConfig) -> None:
 
 
 def _flag(name: str) -> str:
-    return f"--problem.{name.replace('_', '-')}"
-
-
-def _flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        nested = isinstance(value, dict)
-        flat |= _flatten(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return flat
+    return f"problem.{name.replace('_', '-')}"
 
 
 def toy(config: ToyConfig) -> Problem:
@@ -338,10 +329,7 @@ def cnn(config: CnnConfig) -> Problem:
         return search_cnn.make_job(whole, dataset, Path())
 
     steps_per_epoch, num_steps = job(0).steps_per_epoch, config.epochs * job(0).steps_per_epoch
-    network = Supernet(
-        config.network.channels, config.network.layers, dataset.num_classes, config.network.nodes
-    )
-    loss = search.make_loss(network)
+    loss = search.make_loss(search_cnn.supernet(config.network, dataset.num_classes))
     augmented = search_cnn.make_train_step(lambda _, *pair: pair, config.data, dataset)
 
     def batches(seed: int, state: search.SearchState, step: int):

@@ -85,7 +85,7 @@ class _Saved(NamedTuple):
 def check_workdir(workdir: Path, config: Any) -> None:
     """Raises a UserError if the folder holds another run, or something else. Writes nothing."""
     try:
-        saved = _flatten(json.loads((workdir / "config.json").read_text()))
+        saved = flatten(json.loads((workdir / "config.json").read_text()))
     except FileNotFoundError:
         if workdir.exists() and any(workdir.iterdir()):
             raise UserError(
@@ -96,7 +96,7 @@ def check_workdir(workdir: Path, config: Any) -> None:
         raise UserError(
             f"{workdir}/config.json cannot be read ({error}); give another --workdir"
         ) from error
-    current = _flatten(_resolve(config))
+    current = flatten(_resolve(config))
     differing = [
         f"{name} is {saved.get(name, 'missing')} there, {current.get(name, 'missing')} here"
         for name in sorted(saved.keys() | current.keys())
@@ -107,6 +107,21 @@ def check_workdir(workdir: Path, config: Any) -> None:
             f"{workdir} holds a run with another config: {'; '.join(differing)}."
             " Give another --workdir, or the fields of that run"
         )
+
+
+@contextmanager
+def writing(workdir: Path) -> Iterator[None]:
+    """Inside, an OSError is a UserError that names the workdir."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {workdir} ({error}); give another --workdir") from error
+
+
+def write_config(config: Any, workdir: Path) -> None:
+    """Writes config.json, which `check_workdir` reads; makes the folder if need be."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_text(workdir / "config.json", json.dumps(_resolve(config), indent=2) + "\n")
 
 
 def run(job: Job, config: Any, workdir: Path, log_every: int, display: Display) -> Result:
@@ -180,15 +195,10 @@ def _open(job: Job, config: Any, workdir: Path, display: Display) -> tuple[int, 
                 f"{workdir} holds {METRICS} but no checkpoint; put {CHECKPOINTS}/ back, or start"
                 " anew in another --workdir"
             )
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_text(workdir / "config.json", json.dumps(_resolve(config), indent=2) + "\n")
+        with writing(workdir):
+            write_config(config, workdir)
             if restored is None:  # so that metrics without a checkpoint have lost theirs
                 checkpoint.save(workdir / CHECKPOINTS, 0, fresh)
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {workdir} ({error}); give another --workdir"
-            ) from error
         step, saved = restored or (0, fresh)
         return step, saved, Log(workdir, saved.log_size, step)
 
@@ -296,12 +306,12 @@ def _resolve(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(fields))
 
 
-def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"search.epochs": 50, ...} of nested fields."""
     flat: dict[str, Any] = {}
     for name, value in fields.items():
         flat |= (
-            _flatten(value, f"{prefix}{name}.")
+            flatten(value, f"{prefix}{name}.")
             if isinstance(value, dict)
             else {prefix + name: value}
         )

@@ -171,6 +171,11 @@ class Indices(NamedTuple):
     val: np.ndarray
 
 
+def supernet(config: NetworkConfig, num_classes: int) -> Supernet:
+    """The network that is searched."""
+    return Supernet(config.channels, config.layers, num_classes, config.nodes)
+
+
 def make_estimator(
     config: SearchConfig, optimizer: optax.GradientTransformation
 ) -> Callable[[hypergradient.Bilevel], hypergradient.Estimator]:
@@ -253,9 +258,7 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
     train, val = data.split_search(dataset.train, config.data.train_portion)
     train_size, val_size = len(train.labels), len(val.labels)
     steps_per_epoch = len(data.epoch_indices(seed, 0, train_size, batch_size))
-    network = Supernet(
-        config.network.channels, config.network.layers, dataset.num_classes, config.network.nodes
-    )
+    network = supernet(config.network, dataset.num_classes)
     w = w_optimizer(config.search.w, w_schedule(config.search.w, epochs, steps_per_epoch))
     alpha = alpha_optimizer(config.search.alpha)
     step = search.make_step(network, make_estimator(config.search, w), w, alpha)
@@ -287,7 +290,7 @@ def check(config: Config) -> None:
     """Raises a ValueError for what can be seen to be wrong before anything is loaded."""
     data.check(config.data.name)
     w, alpha = config.search.w, config.search.alpha
-    for name, value, least in (
+    command_line.check_at_least(
         ("data.crop", config.data.crop, 0),
         ("data.cutout", config.data.cutout, 0),
         ("network.channels", config.network.channels, 1),
@@ -303,9 +306,7 @@ def check(config: Config) -> None:
         ("search.alpha.weight-decay", alpha.weight_decay, 0),
         ("seed", config.seed, 0),
         ("log-every", config.log_every, 1),
-    ):
-        if not value >= least:
-            raise ValueError(f"--{name} is {value}; give at least {least}")
+    )
     for name, value in (("radius", config.search.radius), ("w.clip", w.clip)):
         if not value > 0:
             raise ValueError(f"--search.{name} is {value}; give more than 0")

@@ -1,5 +1,7 @@
 """Bilevel problems that the tests of the estimators share."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,10 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
+from darts_jax import hypergradient
 from darts_jax.hypergradient import Bilevel
+
+reverse = functools.partial(hypergradient.unrolled, mode="reverse")
 
 
 def random_tree(rng, **shapes):

@@ -1,35 +1,13 @@
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from stand_in import Config, Inner
 
 from experiments import command_line
 from experiments.metrics import NonFinite
-
-
-@dataclass(frozen=True)
-class Inner:
-    """Nested."""
-
-    rate: float = 0.1
-    """Rate."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    """Betas."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """Stand-in."""
-
-    inner: Inner = field(default_factory=Inner)
-    epochs: int = 2
-    """Epochs to run."""
-    workdir: Path | None = None
-    """Where to."""
-
 
 PRESETS = {"small": ("quick", Config()), "large": ("slow", Config(epochs=50))}
 

@@ -6,7 +6,7 @@ import pytest
 from tiny_network import TinyNetwork
 
 from darts_jax import genotype
-from experiments import compare_hypergradients, comparison_problems, search_cnn
+from experiments import compare_hypergradients, search_cnn
 from experiments.comparison import top_operations
 from experiments.comparison_estimators import Settings, methods
 
@@ -22,8 +22,7 @@ def empty_folder(monkeypatch, tmp_path):
     """Runs there, and leaves the compilation cache as it is."""
     monkeypatch.setattr("experiments.command_line.enable_compilation_cache", lambda: None)
     monkeypatch.chdir(tmp_path)
-    for module in (search_cnn, comparison_problems):
-        monkeypatch.setattr(module, "Supernet", TinyNetwork)
+    monkeypatch.setattr(search_cnn, "Supernet", TinyNetwork)
 
 
 def lines_of(workdir, kind):

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from tiny_network import TinyNetwork
 
 from darts_jax import data, hypergradient, search
-from experiments import comparison, comparison_problems, search_cnn
+from experiments import comparison, search_cnn
 from experiments.comparison_estimators import EXACT, Settings, methods
 from experiments.comparison_problems import (
     CleaningConfig,
@@ -90,8 +90,7 @@ def test_toy_starts_elsewhere_by_another_seed():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    for module in (search_cnn, comparison_problems):
-        monkeypatch.setattr(module, "Supernet", TinyNetwork)
+    monkeypatch.setattr(search_cnn, "Supernet", TinyNetwork)
 
 
 def test_search_of_cells_is_that_of_search_cnn(tiny):

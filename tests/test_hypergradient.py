@@ -21,6 +21,7 @@ from bilevel import (
     classifier_loss,
     inner_step,
     quadratic,
+    reverse,
     stack,
     toy_estimate,
 )
@@ -30,8 +31,6 @@ from darts_jax import hypergradient
 from darts_jax.hypergradient import Bilevel
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-reverse = functools.partial(hypergradient.unrolled, mode="reverse")
 
 
 def three_steps(problem, optimizer, **options):

@@ -4,8 +4,6 @@ import re
 import shutil
 import signal
 import threading
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -13,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from stand_in import Config, Inner
 
 from darts_jax import checkpoint
 from experiments import metrics, runner
@@ -20,27 +19,6 @@ from experiments.command_line import Interrupted, UserError
 
 STEPS = 5  # in an epoch
 SAMPLES = 7  # in the evaluation
-
-
-@dataclass(frozen=True)
-class Inner:
-    """Nested."""
-
-    rate: float = 0.1
-    """Rate."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    """Betas."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """Stand-in."""
-
-    inner: Inner = field(default_factory=Inner)
-    epochs: int = 2
-    """Epochs to run."""
-    workdir: Path | None = None
-    """Where to."""
 
 
 class State(NamedTuple):

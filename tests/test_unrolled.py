@@ -21,6 +21,7 @@ from bilevel import (
     loss_after_steps,
     numerical_gradient,
     quadratic,
+    reverse,
     toy_estimate,
 )
 
@@ -29,7 +30,6 @@ from darts_jax.hypergradient import Bilevel
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-reverse = functools.partial(hypergradient.unrolled, mode="reverse")
 both_modes = pytest.mark.parametrize("mode", ["forward", "reverse"])
 
 
