@@ -22,9 +22,10 @@ def random_tree(rng, **shapes):
 def numerical_gradient(function, point, step=2.5e-4):
     """Central differences of fourth order of a scalar function of a pytree."""
     flat, unravel = ravel_pytree(point)
+    function_of_flat = jax.jit(lambda flat: function(unravel(flat)))
 
     def slope(direction):
-        at = [function(unravel(flat + k * step * direction)) for k in (-2, -1, 1, 2)]
+        at = [function_of_flat(flat + k * step * direction) for k in (-2, -1, 1, 2)]
         return (8 * (at[2] - at[1]) - at[3] + at[0]) / (12 * step)
 
     return unravel(jnp.stack([slope(direction) for direction in jnp.eye(flat.size)]))
@@ -91,7 +92,7 @@ def assert_closed_form(estimate, expected):
 
 
 def classifier_loss(w, alpha, batch):
-    hidden = jnp.tanh(batch["x"] @ w["in"] * alpha["cell"][0])
+    hidden = jnp.tanh(batch["x"] @ (w["in"] * alpha["cell"][0]))
     logits = hidden @ w["out"] * jnp.exp(alpha["scale"]) + w["bias"]
     loss = jnp.mean((logits - jax.nn.one_hot(batch["y"], 3)) ** 2)
     loss += jnp.exp(alpha["scale"]) * jnp.sum(w["in"] ** 2) / 10
@@ -112,7 +113,7 @@ def classifier_inputs(optimizer, num_steps=1, seed=0):
     rng = np.random.default_rng(seed)
     w = random_tree(rng, **{"in": (3, 4), "out": (4, 3), "bias": ()})
     alpha = {
-        "cell": [jnp.asarray(rng.normal(size=4))],
+        "cell": [jnp.asarray(rng.normal(size=(3, 4)))],
         "scale": jnp.asarray(0.3),
         "empty": ({}, None),
     }
