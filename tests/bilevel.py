@@ -19,7 +19,7 @@ def random_tree(rng, **shapes):
     return {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
 
 
-def numerical_gradient(function, point, step=2.5e-4):
+def numerical_gradient(function, point, step=1e-4):
     """Central differences of fourth order of a scalar function of a pytree."""
     flat, unravel = ravel_pytree(point)
     function_of_flat = jax.jit(lambda flat: function(unravel(flat)))
