@@ -172,6 +172,8 @@ def draw(rows: list[dict[str, Any]], output: Path) -> None:
                 text = method if slope is None else f"{method}: {slope:.2f}"
                 x, y = [r[axis] for r in line], [r[name] * unit for r in line]
                 ax.loglog(x, y, "o-", markersize=4, linewidth=1.3, label=text)
+            low, high = ax.get_ylim()
+            ax.set_ylim(low, high * (high / low) ** 0.6)  # room for the legend
             ax.legend(fontsize=7, frameon=False, title="fitted slope", title_fontsize=7)
             ax.grid(alpha=0.25)
             ax.set_ylabel(label if column == 0 else "")

@@ -11,7 +11,7 @@ share their input, so each operation runs once for all of them.
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -115,7 +115,7 @@ def relaxed(
     """
     groups = sources(weights.shape[0], reduction)
     kernels = {name: operations[name].prepare(leaves) for name, leaves in params.items()}
-    parts = _split_by_source(kernels, groups)
+    parts = split_rows(kernels, [len(source.edges) for source in groups])
     running_parts = iter(() if running is None else _split_rows(running, operations, groups))
     order = np.array([edge for source in groups for edge in source.edges])
     by_source = weights[order[:, None], np.array([columns[name] for name in operations])]
@@ -145,18 +145,19 @@ def relaxed(
     return output, jax.tree.map(lambda *rows: lax.concatenate(rows, 0), *gathered)
 
 
-def _split_by_source(kernels: PyTree, groups: tuple[Source, ...]) -> list[PyTree]:
-    """The kernels of each source's edges, by operation: a list over sources."""
-    parts: list[dict[str, dict[str, Array]]] = [{} for _ in groups]
-    total = sum(len(source.edges) for source in groups)
-    for name, leaves in kernels.items():
-        for leaf, stack in leaves.items():
-            # A shorter stack is of the strided edges alone, which leave the first sources.
-            ends = list(itertools.accumulate(len(source.edges) for source in groups))
-            held = len(groups) if stack.shape[0] == total else ends.index(stack.shape[0]) + 1
-            sizes = [len(source.edges) for source in groups[:held]]
-            for part, piece in zip(parts, lax.split(stack, sizes), strict=False):
-                part.setdefault(name, {})[leaf] = piece
+def split_rows(tree: PyTree, sizes: Sequence[int]) -> list[PyTree]:
+    """The rows of each group of edges: dicts of arrays [edges, ...] to a list of such dicts.
+
+    An array with fewer rows is of the first groups alone (the strided edges, which leave the first
+    states), and is not in the dicts of the others.
+    """
+    if not isinstance(tree, Mapping):
+        held = list(itertools.accumulate(sizes)).index(tree.shape[0]) + 1
+        return lax.split(tree, sizes[:held])
+    parts: list[dict[str, PyTree]] = [{} for _ in sizes]
+    for name, child in tree.items():
+        for part, piece in zip(parts, split_rows(child, sizes), strict=False):
+            part[name] = piece
     return parts
 
 

@@ -72,7 +72,7 @@ def _bilinear(
 
     @lru_cache
     def compiled(items):  # for calls outside of jit
-        return jax.jit(lambda a, b: primitive.bind(a, b, **dict(items)))
+        return jax.jit(lambda a, b: function(a, b, **dict(items)))
 
     primitive.def_impl(lambda a, b, **params: compiled(tuple(params.items()))(a, b))
     primitive.def_abstract_eval(abstract)

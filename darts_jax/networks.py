@@ -23,16 +23,41 @@ from darts_jax.operations import (
     OPERATIONS,
     Moments,
     Operation,
+    batch_norm,
     factorized_reduce,
-    moments,
-    normalize,
     relu,
-    unbiased,
     update_running,
 )
 
 PyTree = Any
 STEM_MULTIPLIER = 3
+
+
+def reductions(layers: int) -> tuple[int, int]:
+    """Positions of the reduction cells, at a third and at two thirds of the depth."""
+    return layers // 3, 2 * layers // 3
+
+
+def check_layout(layers: int, image_shape: tuple[int, ...], halvings: int) -> None:
+    """Raises a ValueError for fewer than 3 layers, or images that cannot be halved so often.
+
+    Args:
+      layers: number of cells.
+      image_shape: (N, height, width, ...).
+      halvings: how often a network halves height and width.
+    """
+    if layers < 3:
+        raise ValueError(
+            f"a network needs at least 3 layers, to hold 2 reduction cells; got {layers}"
+        )
+    height, width = image_shape[1:3]
+    multiple = 2**halvings
+    if height % multiple or width % multiple:
+        times = {2: "twice"}.get(halvings, f"{halvings} times")
+        raise ValueError(
+            f"images of {height}x{width} do not halve {times}: "
+            f"crop or pad height and width to a multiple of {multiple}"
+        )
 
 
 def uniform_fan_in(key: Array, shapes: PyTree, num_batch_axes: int = 0) -> PyTree:
@@ -69,16 +94,13 @@ class Norm(nn.Module):
         stats = self.variable(
             "batch_stats", "moments", lambda: Moments(jnp.zeros(channels), jnp.ones(channels))
         )
-        if train:
-            batch = moments(y)
-            if not self.is_initializing():
-                stats.value = update_running(stats.value, unbiased(batch, math.prod(y.shape[:3])))
-        else:
-            batch = stats.value
-        y = normalize(y, batch)
+        affine = {}
         if self.affine:
-            y = y * self.param("scale", nn.initializers.ones, (channels,))
-            y = y + self.param("bias", nn.initializers.zeros, (channels,))
+            affine["scale"] = self.param("scale", nn.initializers.ones, (channels,))
+            affine["bias"] = self.param("bias", nn.initializers.zeros, (channels,))
+        y, batch = batch_norm(y, None if train else stats.value, **affine)
+        if train and not self.is_initializing():
+            stats.value = update_running(stats.value, batch)
         return y
 
 
@@ -176,10 +198,6 @@ class Supernet(nn.Module):
     operations: FrozenDict[str, Operation] = OPERATIONS
     primitives: tuple[str, ...] = CNN_PRIMITIVES
 
-    def reductions(self) -> tuple[int, int]:
-        """Positions of the reduction cells."""
-        return self.layers // 3, 2 * self.layers // 3
-
     @nn.compact
     def __call__(self, x: Array, weights: Mapping[str, Array], train: bool) -> Array:
         """Logits of a batch.
@@ -202,7 +220,7 @@ class Supernet(nn.Module):
         older = newer = Norm(affine=True, name="stem_norm")(conv(x, stem, padding=1), train)
         before = False
         for i in range(self.layers):
-            reduction = i in self.reductions()
+            reduction = i in reductions(self.layers)
             channels *= 2 if reduction else 1
             cell = RelaxedCell(
                 channels, reduction, before, self.operations, self.primitives, name=f"cell_{i}"
@@ -216,10 +234,7 @@ class Supernet(nn.Module):
         return features @ kernel + bias
 
     def _check(self, image_shape: tuple[int, ...], weights: Mapping[str, Array]) -> None:
-        if self.layers < 3:
-            raise ValueError(
-                f"a network needs at least 3 layers, to hold 2 reduction cells; got {self.layers}"
-            )
+        check_layout(self.layers, image_shape, halvings=2)
         known = set(self.primitives) - {"none"}
         unmatched = sorted(known ^ set(self.operations))
         if unmatched:
@@ -235,9 +250,3 @@ class Supernet(nn.Module):
                     f"weights[{name!r}] has shape {list(weights[name].shape)}; a network of"
                     f" {self.nodes} nodes needs [{needed[0]} edges, {needed[1]} candidates]"
                 )
-        height, width = image_shape[1:3]
-        if height % 4 or width % 4:
-            raise ValueError(
-                f"images of {height}x{width} do not halve twice: "
-                "crop or pad height and width to a multiple of 4"
-            )

@@ -9,6 +9,7 @@ product. Composing the kernels costs little, is done for all edges of a cell at 
 edges of a state run as a single convolution.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -45,7 +46,10 @@ class Operation(NamedTuple):
       prepare: `prepare(params) -> kernels`, from the parameters of all edges of a cell, [edges,
         ...] each, to what `apply` needs of them, [edges, ...] again.
       inner: names that `apply` passes to `norm`.
-      normalized: `normalized(stride)`, whether a batch norm follows in the relaxed cell.
+      normalized: `normalized(stride)`, whether a batch norm follows in the relaxed cell. In a
+        discrete cell, it follows only where the operation has parameters: not after pooling.
+      uses: `uses(name, stride)`, how often the ordinary formulation uses a parameter for one pixel
+        of the output, to count multiply-adds.
     """
 
     apply: Callable[[Mapping[str, Array], Array, int, Callable[[str, Array], Array]], Array]
@@ -53,6 +57,7 @@ class Operation(NamedTuple):
     prepare: Callable[[Mapping[str, Array]], Mapping[str, Array]] = lambda params: params
     inner: tuple[str, ...] = ()
     normalized: Callable[[int], bool] = lambda stride: True
+    uses: Callable[[str, int], int] = lambda name, stride: 1
 
 
 @jax.custom_jvp
@@ -83,6 +88,27 @@ def unbiased(batch: Moments, count: int) -> Moments:
 def update_running(running: Moments, batch: Moments) -> Moments:
     """Running statistics after a batch of unbiased moments, as the original keeps them."""
     return jax.tree.map(lambda r, b: MOMENTUM * r + (1 - MOMENTUM) * b, running, batch)
+
+
+def batch_norm(
+    y: Array, running: Moments | None, scale: Array | float = 1.0, bias: Array | float = 0.0
+) -> tuple[Array, Moments]:
+    """Batch norm with scale and shift, and the moments to update running statistics by.
+
+    Computed in float32 at least, whatever the dtype of y.
+
+    Args:
+      y: [N, H, W, ...].
+      running: moments [...] to normalise by; None for the batch's.
+      scale, bias: [...].
+
+    Returns:
+      [N, H, W, ...] of y's dtype, and the batch's unbiased moments, or running as it is.
+    """
+    wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+    batch = moments(wide) if running is None else running
+    normalized = (normalize(wide, batch) * scale + bias).astype(y.dtype)
+    return normalized, unbiased(batch, math.prod(y.shape[:3])) if running is None else running
 
 
 def relu(x: Array) -> Array:
@@ -146,6 +172,10 @@ def _avg_pool(params, x, stride, norm):
     count = np.outer(inside(x.shape[1]), inside(x.shape[2]))[:, :, None]
     sums = depthwise(x, jnp.ones((3, 3, x.shape[3]), x.dtype))[:, ::stride, ::stride]
     return (sums * jnp.asarray(1 / count, x.dtype))[..., None, :]
+
+
+def _none(params, x, stride, norm):
+    return jnp.zeros_like(x[:, ::stride, ::stride])[..., None, :]
 
 
 def _skip_connect(params, x, stride, norm):
@@ -220,6 +250,24 @@ def _dil_conv(kernel_size: int) -> Operation:
     return Operation(apply, shapes, prepare)
 
 
+def _conv_7x1_1x7() -> Operation:
+    """ReLU, 1x7, then 7x1, the stride of each in its long direction: together a dense 7x7."""
+
+    def prepare(params):
+        return {"dense": jnp.einsum("ejcd,eidf->eijcf", params["conv_1x7"], params["conv_7x1"])}
+
+    def apply(kernels, x, stride, norm):
+        return conv_edges(relu(x), kernels["dense"], stride, padding=3)
+
+    def shapes(channels, stride):
+        return dict.fromkeys(("conv_1x7", "conv_7x1"), (7, channels, channels))
+
+    # The first one is still at full height.
+    return Operation(
+        apply, shapes, prepare, uses=lambda name, stride: stride if name == "conv_1x7" else 1
+    )
+
+
 # The paper's candidates besides "none", which is zero and takes its share of the softmax only.
 OPERATIONS: FrozenDict[str, Operation] = FrozenDict(
     {
@@ -233,4 +281,8 @@ OPERATIONS: FrozenDict[str, Operation] = FrozenDict(
         "dil_conv_3x3": _dil_conv(3),
         "dil_conv_5x5": _dil_conv(5),
     }
+)
+# What discrete cells are made of: a genotype may name "none", and published ones use two more.
+DISCRETE_OPERATIONS: FrozenDict[str, Operation] = OPERATIONS.copy(
+    {"none": Operation(_none), "sep_conv_7x7": _sep_conv(7), "conv_7x1_1x7": _conv_7x1_1x7()}
 )

@@ -108,7 +108,9 @@ def _agreement_table(states: Sequence[Line], names: Sequence[str]) -> Table:
         values = [_median(states, name, column) for column in columns]
         shares = [_mean(states, name, share) for share in ("sign_agreement", "top_agreement")]
         table.add_row(
-            name, *(_text(x, "{:.3g}") for x in values), *(_text(x, "{:.0%}") for x in shares)
+            _words(name),
+            *(_text(x, "{:.3g}") for x in values),
+            *(_text(x, "{:.0%}") for x in shares),
         )
     return table
 
@@ -116,9 +118,9 @@ def _agreement_table(states: Sequence[Line], names: Sequence[str]) -> Table:
 def _cost_table(costs: Sequence[Line], searches: Sequence[Line]) -> Table:
     table = _table(
         "Cost of one estimate, and what a search by it ends with\n"
-        "Target: what stands for the weights that alpha leads to. Estimators of another one\n"
-        "estimate another number. Compiling: seconds, shared stages counted for each, less from\n"
-        "the cache. MB: scratch memory. Edges, ops: share of the kept ones that differ from those\n"
+        "Target: what stands for the weights that alpha leads to. Estimators of another one "
+        "estimate another number. Compiling: seconds, shared stages counted for each, less from "
+        "the cache. MB: scratch memory. Edges, ops: share of the kept ones that differ from those "
         "of the search by the exact one",
         ("estimator", "target", "grads", "ms", "compile", "MB", "val loss", "edges", "ops"),
     )
@@ -129,7 +131,7 @@ def _cost_table(costs: Sequence[Line], searches: Sequence[Line]) -> Table:
             for key in ("val_loss", "edges_differ", "operations_differ")
         }
         table.add_row(
-            name,
+            _words(name),
             line["target"],
             str(line["gradient_evaluations"]),
             f"{1e3 * line['seconds']:.3g}",
@@ -161,7 +163,11 @@ def _radius_table(swept: Sequence[Line], radius: float) -> Table:
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column, justify="left" if column in TEXT else "right", no_wrap=True)
+        # Where there is little room, text is wrapped; a number that is cut short says nothing.
+        if column in TEXT:
+            table.add_column(column)
+        else:
+            table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
@@ -193,6 +199,10 @@ def _over(reduce: Callable[[np.ndarray], float]) -> Callable[..., float | None]:
 
 
 _median, _mean = _over(np.median), _over(np.mean)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _text(value: float | None, form: str) -> str:

@@ -12,8 +12,10 @@ from jax import lax
 
 from darts_jax import networks
 from darts_jax.operations import (
+    DISCRETE_OPERATIONS,
     OPERATIONS,
     Moments,
+    batch_norm,
     block_diagonal,
     factorized_reduce,
     first_max,
@@ -33,6 +35,8 @@ POOLS = ("max_pool_3x3", "avg_pool_3x3")
 WEIGHTS = {
     "conv_1": ("conv1", layout.pointwise),
     "conv_2": ("conv2", layout.pointwise),
+    "conv_1x7": ("conv_1x7", lambda w: w[:, :, 0].transpose(2, 1, 0)),
+    "conv_7x1": ("conv_7x1", lambda w: w[:, :, :, 0].transpose(2, 1, 0)),
     "depthwise": ("dw", layout.depthwise),
     "pointwise": ("pw", layout.pointwise),
     "depthwise_1": ("dw1", layout.depthwise),
@@ -104,6 +108,33 @@ def forward_and_backward(function, params, x, cotangent):
         params, x
     )
     return y, seen, gradients
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("name", ["sep_conv_7x7", "conv_7x1_1x7"])
+def test_recorded_operations_of_published_cells(recorded, name, stride):
+    """With scale and shift, as discrete cells have them."""
+    group = recorded(f"{name}_affine/stride{stride}")
+    operation = DISCRETE_OPERATIONS[name]
+    params = weights_of(group, operation.shapes(4, stride))
+    norms = norm_names(name)
+
+    def affine(norm):
+        return {"scale": group[f"{norms[norm]}.gamma"], "bias": group[f"{norms[norm]}.beta"]}
+
+    def apply(params, x):
+        def norm(which, y):
+            return batch_norm(y, None, **affine(which))[0]
+
+        kernels = operation.prepare(jax.tree.map(lambda p: p[None], params))
+        return norm("norm", operation.apply(kernels, x, stride, norm))[..., 0, :], None
+
+    y, _, (grad_params, grad_x) = forward_and_backward(
+        apply, params, group["input"], group["cotangent"]
+    )
+    close(y, group["output"])
+    close(grad_x, group["grad_input"])
+    all_close(grad_params, weights_of(group, params, "grad.weight."))
 
 
 def norm_names(name):
