@@ -85,6 +85,20 @@ def check_at_least(*rows: tuple[str, float, float]) -> None:
             raise ValueError(f"--{name} is {value}; give at least {least}")
 
 
+def check_below_one(*rows: tuple[str, float]) -> None:
+    """Raises a ValueError for the first (flag, value) that is 1 or more."""
+    for name, value in rows:
+        if not value < 1:
+            raise ValueError(f"--{name} is {value}; give less than 1")
+
+
+def check_seed(seed: int, count: int = 1) -> None:
+    """Raises a ValueError if one of `count` seeds from this one on is not in [0, 2**32)."""
+    check_at_least(("seed", seed, 0))
+    if seed + count > 2**32:
+        raise ValueError(f"--seed is {seed}; give less than 2**32, all seeds included")
+
+
 def check_positive(*rows: tuple[str, float]) -> None:
     """Raises a ValueError for the first (flag, value) that is not positive and finite."""
     for name, value in rows:

@@ -116,7 +116,6 @@ def check(config: Config) -> None:
         ("every", config.every, 1),
         ("radii-per-decade", config.radii_per_decade, 1),
         ("num-seeds", config.num_seeds, 1),
-        ("seed", config.seed, 0),
         ("settings.neumann-terms", settings.neumann_terms, 1),
         ("settings.cg-steps", settings.cg_steps, 1),
         ("settings.cg-damping", settings.cg_damping, 0),
@@ -124,8 +123,7 @@ def check(config: Config) -> None:
     command_line.check_positive(
         ("settings.radius", settings.radius), ("settings.small-radius", settings.small_radius)
     )
-    if config.seed + config.num_seeds > 2**32:
-        raise ValueError(f"--seed is {config.seed}; give less than 2**32, all seeds included")
+    command_line.check_seed(config.seed, config.num_seeds)
     check_problem(config.problem)
 
 

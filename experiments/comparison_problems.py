@@ -20,6 +20,8 @@ from experiments.config import (
     DataConfig,
     WConfig,
     alpha_optimizer,
+    check_data,
+    check_w,
     w_optimizer,
     w_schedule,
 )
@@ -90,8 +92,6 @@ _LEAST = {
     "images": 1,
     "epochs": 1,
     "batch_size": 1,
-    "data.crop": 0,
-    "data.cutout": 0,
     "network.channels": 1,
     "network.nodes": 1,
 }
@@ -151,6 +151,8 @@ def check_problem(config: ProblemConfig) -> None:
         raise ValueError(f"--problem.flipped is {config.flipped}; give a share from 0 to 1")
     if isinstance(config, CnnConfig):
         data.check(config.data.name)
+        check_data(config.data)
+        check_w(config.w, "problem.w")
 
 
 def _flag(name: str) -> str:

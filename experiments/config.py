@@ -1,9 +1,11 @@
 """Configs that experiments share, and the optimizers that they stand for."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-import jax
 import optax
+
+from experiments.command_line import check_at_least, check_below_one, check_positive
 
 
 @dataclass(frozen=True)
@@ -15,9 +17,7 @@ class DataConfig:
     path: str | None = None
     """Folder of TensorFlow Datasets, for the last four; None for its default."""
     limit: int | None = None
-    """Use this many training images only, the first ones; None for all."""
-    train_portion: float = 0.5
-    """Share of the training images that trains w; the others train alpha."""
+    """Use this many training and test images only, the first ones; None for all."""
     crop: int = 4
     """Random crop: pixels by which an image is shifted at most; 0 for none."""
     flip: bool = True
@@ -28,12 +28,18 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class WConfig:
-    """Optimizer of the weights: SGD with momentum, the rate a cosine over the epochs."""
+    """Optimizer of the weights: SGD with momentum, its rate constant within an epoch."""
 
     learning_rate: float = 0.025
     """Learning rate of the first epoch."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """How it falls: to learning_rate_min as half of a cosine, or by steps of one factor."""
     learning_rate_min: float = 0.001
-    """Learning rate after the last epoch."""
+    """cosine: learning rate after the last epoch."""
+    decay: float = 0.97
+    """step: the factor."""
+    decay_epochs: int = 1
+    """step: epochs from one to the next."""
     momentum: float = 0.9
     """Momentum."""
     weight_decay: float = 3e-4
@@ -57,14 +63,14 @@ class AlphaConfig:
 
 
 def w_schedule(config: WConfig, epochs: int, steps_per_epoch: int) -> optax.Schedule:
-    """step -> learning rate: a cosine over the epochs, constant within each of them."""
-
-    def learning_rate(step: jax.Array) -> jax.Array:
-        cosine = jax.numpy.cos(jax.numpy.pi * (step // steps_per_epoch) / epochs)
-        span = config.learning_rate - config.learning_rate_min
-        return config.learning_rate_min + span * (1 + cosine) / 2
-
-    return learning_rate
+    """step -> learning rate."""
+    rate = config.learning_rate
+    if config.schedule == "step":
+        of_epoch = optax.exponential_decay(rate, config.decay_epochs, config.decay, staircase=True)
+    else:
+        ratio = config.learning_rate_min / rate if rate else 0.0
+        of_epoch = optax.cosine_decay_schedule(rate, epochs, alpha=ratio)
+    return lambda step: of_epoch(step // steps_per_epoch)
 
 
 def w_optimizer(
@@ -89,3 +95,23 @@ def alpha_optimizer(config: AlphaConfig) -> optax.GradientTransformation:
         optax.add_decayed_weights(config.weight_decay),
         optax.adam(config.learning_rate, config.b1, config.b2),
     )
+
+
+def check_data(config: DataConfig) -> None:
+    """Raises a ValueError for a field out of range."""
+    check_at_least(("data.crop", config.crop, 0), ("data.cutout", config.cutout, 0))
+
+
+def check_w(config: WConfig, prefix: str) -> None:
+    """Raises a ValueError for a field out of range; prefix is that of its flags, as "search.w"."""
+    check_at_least(
+        (f"{prefix}.learning-rate", config.learning_rate, 0),
+        (f"{prefix}.learning-rate-min", config.learning_rate_min, 0),
+        (f"{prefix}.momentum", config.momentum, 0),
+        (f"{prefix}.weight-decay", config.weight_decay, 0),
+        (f"{prefix}.decay-epochs", config.decay_epochs, 1),
+    )
+    check_positive((f"{prefix}.decay", config.decay))
+    if not config.clip > 0:
+        raise ValueError(f"--{prefix}.clip is {config.clip}; give more than 0")
+    check_below_one((f"{prefix}.momentum", config.momentum))

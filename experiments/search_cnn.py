@@ -22,7 +22,6 @@ from rich.table import Table
 from rich.text import Text
 
 from darts_jax import data, genotype, hypergradient, search
-from darts_jax.augment import augment, normalize
 from darts_jax.networks import Supernet
 from experiments import command_line, runner
 from experiments.config import (
@@ -30,9 +29,12 @@ from experiments.config import (
     DataConfig,
     WConfig,
     alpha_optimizer,
+    check_data,
+    check_w,
     w_optimizer,
     w_schedule,
 )
+from experiments.images import make_augment, plain_batch
 from experiments.memory import peak_memory
 from experiments.metrics import Display
 
@@ -60,6 +62,8 @@ class SearchConfig:
     approximation of that, by a finite difference."""
     radius: float = 0.01
     """How far the finite difference moves the weights, as a global norm."""
+    train_portion: float = 0.5
+    """Share of the training images that trains w; the others train alpha."""
     epochs: int = 50
     """Passes over the images that train w."""
     batch_size: int = 64
@@ -94,7 +98,6 @@ DIGITS = Config(
 PAPER = Config(
     data=DataConfig(
         "cifar10",
-        train_portion=0.5,  # paper: half of the training data each
         crop=4,  # code: RandomCrop(32, padding=4), for both halves
         flip=True,  # code: RandomHorizontalFlip, for both halves
         cutout=0,  # code: off in the search unless asked for
@@ -105,6 +108,7 @@ PAPER = Config(
         nodes=4,  # paper: 7 nodes, the two inputs and the output among them
     ),
     search=SearchConfig(
+        train_portion=0.5,  # paper: half of the training data each
         estimator="unrolled",  # paper: second order; exact here, `finite_difference` is the paper's
         radius=0.01,  # paper: epsilon = 0.01 / norm
         epochs=50,  # paper
@@ -198,17 +202,7 @@ def make_train_step(
 ) -> Callable[[search.SearchState, Images, Indices], tuple[search.SearchState, search.Metrics]]:
     """The search step on images that are taken from the device and augmented there."""
 
-    def augmented(key: jax.Array, split: data.Split, indices: jax.Array) -> search.Batch:
-        images = augment(
-            key,
-            split.images[indices],
-            dataset.mean,
-            dataset.std,
-            padding=config.crop,
-            mirror=config.flip,
-            cutout_size=config.cutout,
-        )
-        return search.Batch(images, split.labels[indices])
+    augmented = make_augment(config, dataset)
 
     @jax.jit
     def train_and_val(
@@ -233,8 +227,7 @@ def make_eval_step(
     @jax.jit
     def eval_step(state: search.SearchState, images: Images, batch: tuple[jax.Array, jax.Array]):
         indices, mask = batch
-        pixels = normalize(images.val.images[indices], dataset.mean, dataset.std)
-        loss, correct = evaluate(state, search.Batch(pixels, images.val.labels[indices]), mask)
+        loss, correct = evaluate(state, plain_batch(dataset, images.val, indices), mask)
         return {"eval_loss": loss, "eval_accuracy": correct}, mask.sum()
 
     return eval_step
@@ -255,7 +248,7 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
         network.
     """
     seed, batch_size, epochs = config.seed, config.search.batch_size, config.search.epochs
-    train, val = data.split_search(dataset.train, config.data.train_portion)
+    train, val = data.split_search(dataset.train, config.search.train_portion)
     train_size, val_size = len(train.labels), len(val.labels)
     steps_per_epoch = len(data.epoch_indices(seed, 0, train_size, batch_size))
     network = supernet(config.network, dataset.num_classes)
@@ -289,36 +282,23 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
 def check(config: Config) -> None:
     """Raises a ValueError for what can be seen to be wrong before anything is loaded."""
     data.check(config.data.name)
-    w, alpha = config.search.w, config.search.alpha
+    check_data(config.data)
+    alpha = config.search.alpha
     command_line.check_at_least(
-        ("data.crop", config.data.crop, 0),
-        ("data.cutout", config.data.cutout, 0),
         ("network.channels", config.network.channels, 1),
         ("network.nodes", config.network.nodes, 1),
         ("search.epochs", config.search.epochs, 1),
-        ("search.w.learning-rate", w.learning_rate, 0),
-        ("search.w.learning-rate-min", w.learning_rate_min, 0),
-        ("search.w.momentum", w.momentum, 0),
-        ("search.w.weight-decay", w.weight_decay, 0),
         ("search.alpha.learning-rate", alpha.learning_rate, 0),
         ("search.alpha.b1", alpha.b1, 0),
         ("search.alpha.b2", alpha.b2, 0),
         ("search.alpha.weight-decay", alpha.weight_decay, 0),
-        ("seed", config.seed, 0),
         ("log-every", config.log_every, 1),
     )
-    for name, value in (("radius", config.search.radius), ("w.clip", w.clip)):
-        if not value > 0:
-            raise ValueError(f"--search.{name} is {value}; give more than 0")
-    for name, value in (
-        ("w.momentum", w.momentum),
-        ("alpha.b1", alpha.b1),
-        ("alpha.b2", alpha.b2),
-    ):
-        if not value < 1:
-            raise ValueError(f"--search.{name} is {value}; give less than 1")
-    if config.seed >= 2**32:
-        raise ValueError(f"--seed is {config.seed}; give less than 2**32")
+    check_w(config.search.w, "search.w")
+    if not config.search.radius > 0:
+        raise ValueError(f"--search.radius is {config.search.radius}; give more than 0")
+    command_line.check_below_one(("search.alpha.b1", alpha.b1), ("search.alpha.b2", alpha.b2))
+    command_line.check_seed(config.seed)
 
 
 def draw(epochs: Sequence[dict[str, Any]], workdir: Path) -> genotype.Genotype:

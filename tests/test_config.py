@@ -2,16 +2,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from experiments.config import AlphaConfig, WConfig, alpha_optimizer, w_optimizer, w_schedule
 
 
-def test_learning_rate_of_each_epoch(oracle, x64):
-    schedule = w_schedule(WConfig(), epochs=50, steps_per_epoch=390)
-    recorded = oracle("misc.npz")["lr/search_cnn"]
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("search_cnn", WConfig()),
+        ("eval_cifar", WConfig(learning_rate_min=0.0)),
+        ("eval_imagenet", WConfig(0.1, schedule="step", decay=0.97)),
+    ],
+)
+def test_learning_rate_of_each_epoch(oracle, x64, name, config):
+    recorded = oracle("misc.npz")[f"lr/{name}"]
+    schedule = w_schedule(config, epochs=len(recorded), steps_per_epoch=390)
+    epochs = jnp.arange(len(recorded))
     for step in (0, 200, 389):  # constant within an epoch
-        rates = [schedule(jnp.int32(390 * epoch + step)) for epoch in range(50)]
-        np.testing.assert_allclose(rates, recorded, rtol=1e-12)
+        rates = jax.vmap(schedule)(390 * epochs + step)
+        np.testing.assert_allclose(rates, recorded, rtol=1e-12, atol=1e-17)
+
+
+def test_learning_rate_falls_every_few_epochs():
+    config = WConfig(1.0, schedule="step", decay=0.1, decay_epochs=3)
+    schedule = w_schedule(config, epochs=9, steps_per_epoch=2)
+    rates = [schedule(jnp.int32(step)) for step in (0, 5, 6, 11, 12)]
+    np.testing.assert_allclose(rates, [1, 1, 0.1, 0.1, 0.01], rtol=1e-6)
+
+
+def test_a_learning_rate_of_zero_stays_zero():
+    assert w_schedule(WConfig(0.0), epochs=2, steps_per_epoch=1)(jnp.int32(1)) == 0
 
 
 def replay(optimizer, recorded):

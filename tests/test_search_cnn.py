@@ -51,7 +51,6 @@ def test_paper_preset():
             "name": "cifar10",
             "path": None,
             "limit": None,
-            "train_portion": 0.5,
             "crop": 4,
             "flip": True,
             "cutout": 0,
@@ -60,11 +59,15 @@ def test_paper_preset():
         "search": {
             "estimator": "unrolled",
             "radius": 0.01,
+            "train_portion": 0.5,
             "epochs": 50,
             "batch_size": 64,
             "w": {
                 "learning_rate": 0.025,
+                "schedule": "cosine",
                 "learning_rate_min": 0.001,
+                "decay": 0.97,  # of a schedule that is not used
+                "decay_epochs": 1,
                 "momentum": 0.9,
                 "weight_decay": 3e-4,
                 "clip": 5.0,
@@ -106,7 +109,7 @@ def test_help_explains_each_field(capsys, monkeypatch):
         for line in Path(file).read_text().splitlines()
     ]
     names = list(leaves(PRESETS["paper"][1]))
-    assert len(names) == 26
+    assert len(names) == 29
     for name in names:
         assert f"--{name.replace('_', '-')}" in output
         last = name.split(".")[-1]
@@ -344,7 +347,7 @@ def assert_refused(capsys, arguments, *texts, code=2):
         (["smoke", "--network.layers", "2"], ("at least 3 layers", "got 2")),
         (["smoke", "--search.batch-size", "65"], ("64 images fill no batch of 65", "1 to 64")),
         (["smoke", "--search.batch-size", "0"], ("64 images fill no batch of 0", "1 to 64")),
-        (["smoke", "--data.train-portion", "1"], ("portion of 1.0", "between 0 and 1")),
+        (["smoke", "--search.train-portion", "1"], ("portion of 1.0", "between 0 and 1")),
         (["smoke", "--data.limit", "0"], ("a limit of 0 images keeps none", "at least 1")),
         (["smoke", "--search.epochs", "0"], ("--search.epochs is 0; give at least 1",)),
         (["smoke", "--network.channels", "0"], ("--network.channels is 0; give at least 1",)),
