@@ -41,7 +41,7 @@ class Interrupted(Exception):
 def guard(module: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
     """Runs `main(argv)`, and returns the exit code; what went wrong is one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
-    command = _command(module, argv)
+    resume = command(module, argv)
     try:
         main(argv)
     except UserError as error:
@@ -49,18 +49,19 @@ def guard(module: str, main: Callable[[Sequence[str]], None], argv: Sequence[str
     except NonFinite as error:
         return _fail(error, 3)
     except Interrupted as error:
-        code = _fail(f"{error}; to go on: {command}", 128 + error.signum)
+        code = _fail(f"{error}; to go on: {resume}", 128 + error.signum)
         if any(thread.name == COMPILER for thread in threading.enumerate()):
             # The compiler cannot be asked to stop, and is not waited for.
             sys.stdout.flush()
             os._exit(code)
         return code
     except KeyboardInterrupt:
-        return _fail(f"stopped at once; to go on: {command}", 128 + signal.SIGINT)
+        return _fail(f"stopped at once; to go on: {resume}", 128 + signal.SIGINT)
     return 0
 
 
-def _command(module: str, argv: Sequence[str]) -> str:
+def command(module: str, argv: Sequence[str]) -> str:
+    """The command line of a module, as a shell reads it."""
     return shlex.join(["python", "-m", module, *argv])
 
 
@@ -144,7 +145,7 @@ def next_command(module: str, argv: Sequence[str], seed: int) -> str:
             next(rest)  # its value
         elif not argument.startswith(("--seed=", "--workdir=")):
             kept.append(argument)
-    return _command(module, [*kept, "--seed", str(seed)])
+    return command(module, [*kept, "--seed", str(seed)])
 
 
 def enable_compilation_cache() -> None:

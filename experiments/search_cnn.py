@@ -317,6 +317,17 @@ def draw(epochs: Sequence[dict[str, Any]], workdir: Path) -> genotype.Genotype:
     return found
 
 
+def search_cells(
+    config: Config, dataset: data.Dataset, workdir: Path, display: Display
+) -> tuple[genotype.Genotype, runner.Result]:
+    """Searches, or goes on where the workdir says; returns the cells that were found."""
+    with command_line.user_errors():
+        job = make_job(config, dataset, workdir)
+    result = runner.run(job, config, workdir, config.log_every, display)
+    with display.phase("drawing"), runner.writing(workdir):
+        return draw(result.epochs, workdir), result
+
+
 def summary(found: genotype.Genotype, result: runner.Result, workdir: Path, command: str) -> Table:
     """The table that a search ends with."""
 
@@ -358,14 +369,12 @@ def run(argv: Sequence[str]) -> None:
     runner.check_workdir(workdir, config)
     command_line.enable_compilation_cache()
     with Display() as display:
-        with command_line.user_errors():
-            with display.phase(f"loading {config.data.name}"):
-                dataset = data.load(config.data.name, config.data.path, config.data.limit)
-            job = make_job(config, dataset, workdir)
-        result = runner.run(job, config, workdir, config.log_every, display)
-        with display.phase("drawing"):
-            found = draw(result.epochs, workdir)
-    command = command_line.next_command(MODULE, argv, config.seed + 1)
+        with command_line.user_errors(), display.phase(f"loading {config.data.name}"):
+            dataset = data.load(config.data.name, config.data.path, config.data.limit)
+        found, result = search_cells(config, dataset, workdir, display)
+    command = command_line.command(
+        "experiments.evaluate_cnn", [preset, "--genotype", f"{workdir}/genotype.json"]
+    )
     display.console.print(summary(found, result, workdir, command))
 
 
