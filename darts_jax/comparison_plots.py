@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from darts_jax.plots import INK, PALE, _files, _save
+from darts_jax.plots import INK, PALE, picture_files, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -230,6 +230,6 @@ def _legend(figure: "Figure", panels: "Sequence[Axes]") -> None:
 
 
 def _write(figure: "Figure", path: str | Path) -> list[Path]:
-    files = _files(path)
-    _save(figure, files)
+    files = picture_files(path)
+    save_figure(figure, files)
     return files

@@ -151,6 +151,29 @@ def derive(alpha: Mapping[str, ArrayLike], primitives: Sequence[str] = CNN_PRIMI
     return Genotype(**cells)
 
 
+def sample(
+    rng: np.random.Generator,
+    num_nodes: int = 4,
+    primitives: Sequence[str] = CNN_PRIMITIVES,
+) -> Genotype:
+    """Draws a pair of cells, uniform over the space that a search chooses from.
+
+    Each node has two different sources among the states before it, listed by their number, and an
+    operation other than `none` on each. The baseline of section 3.1 of DARTS (arXiv 1806.09055).
+    """
+    operations = [name for name in primitives if name != "none"]
+    concat = tuple(range(CNN_NUM_INPUTS, CNN_NUM_INPUTS + num_nodes))
+    cells: dict[str, Any] = {}
+    for name in ("normal", "reduce"):
+        cells[name] = tuple(
+            (operations[rng.integers(len(operations))], int(source))
+            for state in concat
+            for source in sorted(rng.choice(state, CNN_EDGES_PER_NODE, replace=False))
+        )
+        cells[f"{name}_concat"] = concat
+    return Genotype(**cells)
+
+
 def validate(genotype: Genotype, operations: Sequence[str] = CNN_OPERATIONS) -> Genotype:
     """Returns the genotype, every sequence in it a tuple, if an evaluation network can be built.
 

@@ -104,9 +104,9 @@ def draw_cell(
     num_states = 1 + max(destination for _, _, destination in edges)
     names = [*inputs, *map(str, range(num_states - len(inputs))), output]
     drawn: list[DrawnEdge] = [*edges, *((None, state, num_states) for state in concat)]
-    files = _files(path)
+    files = picture_files(path)
     if not _run_dot(_dot_source(drawn, names, len(inputs), title), files):
-        _save(_draw_graph(drawn, names, len(inputs), title), files)
+        save_figure(_draw_graph(drawn, names, len(inputs), title), files)
     return files
 
 
@@ -149,8 +149,8 @@ def draw_alphas(
             )
         power = np.exp(alpha[shown] - alpha[shown].max(axis=2, keepdims=True))
         weights[name] = power / power.sum(axis=2, keepdims=True)
-    files = _files(path)
-    _save(_draw_trajectories(steps[shown], weights, primitives, inputs), files)
+    files = picture_files(path)
+    save_figure(_draw_trajectories(steps[shown], weights, primitives, inputs), files)
     return files
 
 
@@ -174,11 +174,13 @@ def _math(name: str) -> str:
     return f"${name}$" if "_" in name else name
 
 
-def _files(path: str | Path) -> list[Path]:
+def picture_files(path: str | Path) -> list[Path]:
+    """The two files of a picture, SVG and PNG."""
     return [Path(f"{path}.svg"), Path(f"{path}.png")]
 
 
-def _save(figure: "Figure", files: Sequence[Path]) -> None:
+def save_figure(figure: "Figure", files: Sequence[Path]) -> None:
+    """Saves a figure; the same picture gives the same bytes."""
     import matplotlib
 
     # What varies between two runs, ids and dates, is fixed; text stays text, to be searched for.

@@ -4,6 +4,7 @@ Exit codes: 0 done; 2 bad input; 3 a metric or a weight is not finite; 130 (SIGI
 143 (SIGTERM) stopped, to be resumed.
 """
 
+import dataclasses
 import math
 import os
 import shlex
@@ -13,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import tyro
@@ -135,6 +136,27 @@ def parse(
         f"Defaults below are those of {preset}.",
     )
     return preset, config
+
+
+def flags(config: Any, default: Any, prefix: str = "") -> list[str]:
+    """The arguments that make a config, a dataclass, out of another of its class.
+
+    Fields that are None in the config cannot be told, and those that are no leaf of a command line
+    are left out.
+    """
+    found: list[str] = []
+    for field in dataclasses.fields(config):
+        value, before = getattr(config, field.name), getattr(default, field.name)
+        name = field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            found += flags(value, before, f"{prefix}{name}.")
+        elif value == before or value is None:
+            continue
+        elif isinstance(value, bool):
+            found.append(f"--{prefix}{name}" if value else f"--{prefix}no-{name}")
+        elif isinstance(value, int | float | str | Path):
+            found += [f"--{prefix}{name}", str(value)]
+    return found
 
 
 def next_command(module: str, argv: Sequence[str], seed: int) -> str:

@@ -330,7 +330,6 @@ def summary(
 ) -> Table:
     """The table that a training ends with."""
     result = outcome.result
-    seconds = sum(line["seconds"] for line in result.epochs)
     which = "test" if config.train.portion == 1 else "held-out"
     table = Table(title="Training finished", show_header=False, title_justify="left")
     table.add_row("cells", Text(str(config.genotype)))
@@ -341,8 +340,8 @@ def summary(
     table.add_row("multiply-adds", f"{outcome.multiply_adds:,} an image")
     table.add_row(
         "time",
-        f"{seconds:.0f} s training, all {len(result.epochs)} epochs; {result.compile_seconds:.0f} s"
-        " tracing and compiling, this time",
+        f"{result.seconds:.0f} s training, all {len(result.epochs)} epochs;"
+        f" {result.compile_seconds:.0f} s tracing and compiling, this time",
     )
     if (peak := peak_memory()) is not None:
         table.add_row("peak memory", f"{peak / 1e6:.0f} MB, this process, compiling included")
@@ -387,7 +386,12 @@ def resolve_genotype(config: Config, workdir: Path) -> Config:
     name = config.genotype
     if name is None:
         name = _saved_genotype(workdir) or _newest_search() or DEFAULT_GENOTYPE
-    return replace(config, genotype=name, cells=genotype.load(name))
+    return with_cells(config, name)
+
+
+def with_cells(config: Config, source: str) -> Config:
+    """The config with the cells of a file, or published ones."""
+    return replace(config, genotype=source, cells=genotype.load(source))
 
 
 def _saved_genotype(workdir: Path) -> str | None:

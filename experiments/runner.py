@@ -73,6 +73,11 @@ class Result(NamedTuple):
     epochs: list[dict[str, Any]]
     compile_seconds: float
 
+    @property
+    def seconds(self) -> float:
+        """Of all epochs, compilation left out."""
+        return sum(line["seconds"] for line in self.epochs)
+
 
 class _Saved(NamedTuple):
     """What a checkpoint holds: the state, the size of metrics.jsonl, seconds of an epoch begun."""

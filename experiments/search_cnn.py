@@ -340,7 +340,6 @@ def summary(found: genotype.Genotype, result: runner.Result, workdir: Path, comm
         )
 
     last = result.epochs[-1]
-    seconds = sum(line["seconds"] for line in result.epochs)
     table = Table(title="Search finished", show_header=False, title_justify="left")
     table.add_row("normal cell", cell(found.normal))
     table.add_row("reduction cell", cell(found.reduce))
@@ -349,8 +348,8 @@ def summary(found: genotype.Genotype, result: runner.Result, workdir: Path, comm
     )
     table.add_row(
         "time",
-        f"{seconds:.0f} s search, all {len(result.epochs)} epochs; {result.compile_seconds:.0f} s"
-        " tracing and compiling, this time",
+        f"{result.seconds:.0f} s search, all {len(result.epochs)} epochs;"
+        f" {result.compile_seconds:.0f} s tracing and compiling, this time",
     )
     if (peak := peak_memory()) is not None:
         table.add_row("peak memory", f"{peak / 1e6:.0f} MB, this process, compiling included")

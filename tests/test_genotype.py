@@ -2,6 +2,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -243,3 +244,20 @@ from darts_jax import genotype
 genotype.load("DARTS_V2")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_sampled_cells_are_uniform_over_the_space():
+    rng = np.random.default_rng(0)
+    found = [genotype.sample(rng, num_nodes=2) for _ in range(3000)]
+    assert all(genotype.validate(each) == each for each in found)
+    for cell in ("normal", "reduce"):
+        pairs = Counter(tuple(source for _, source in getattr(g, cell)[2:]) for g in found)
+        assert set(pairs) == {(0, 1), (0, 2), (1, 2)}
+        operations = Counter(name for g in found for name, _ in getattr(g, cell))
+        assert set(operations) == set(genotype.CNN_PRIMITIVES) - {"none"}
+        for counts, total in ((pairs, 3000), (operations, 12000)):
+            share = 1 / len(counts)
+            bound = 5 * np.sqrt(share * (1 - share) / total)  # standard deviations
+            assert all(abs(n / total - share) < bound for n in counts.values())
+    again = genotype.sample(np.random.default_rng(0), num_nodes=2)
+    assert again == found[0]

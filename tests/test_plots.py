@@ -131,7 +131,7 @@ def test_other_operations_are_drawn_where_they_are_named(tmp_path, no_dot):
 def figure_of(monkeypatch, tmp_path):
     def draw(*args, **kwargs):
         figures = []
-        monkeypatch.setattr(plots, "_save", lambda figure, files: figures.append(figure))
+        monkeypatch.setattr(plots, "save_figure", lambda figure, files: figures.append(figure))
         plots.draw_alphas(*args, path=tmp_path / "alphas", **kwargs)
         return figures[0]
 
