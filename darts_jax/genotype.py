@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from darts_jax import published
+from darts_jax.derivation import CNN_NUM_INPUTS, Edge, derive_cell
+from darts_jax.derivation import count_nodes as count_nodes
+from darts_jax.derivation import edges as edges
 from darts_jax.files import write_text
-
-Edge = tuple[str, int]
 
 # Candidate operations of the convolutional search space, in the order of alpha's columns.
 CNN_PRIMITIVES = (
@@ -37,8 +38,12 @@ CNN_PRIMITIVES = (
 )
 # What a genotype may name: published cells use two operations that are not searched over.
 CNN_OPERATIONS = (*CNN_PRIMITIVES, "sep_conv_7x7", "conv_7x1_1x7")
-CNN_NUM_INPUTS = 2
 CNN_EDGES_PER_NODE = 2
+
+# Candidate activations of the recurrent search space, in the order of alpha's columns.
+RNN_PRIMITIVES = ("none", "tanh", "relu", "sigmoid", "identity")
+RNN_NUM_INPUTS = 1
+RNN_EDGES_PER_NODE = 1
 
 MAX_FILE_BYTES = 1_000_000
 
@@ -57,74 +62,67 @@ class Genotype(NamedTuple):
     reduce_concat: tuple[int, ...]
 
 
+class RecurrentGenotype(NamedTuple):
+    """A discrete recurrent cell.
+
+    `recurrent` holds one (activation, source state) edge per node; state 0 is the cell's start,
+    node i is state i + 1. `concat` are the states whose mean is the output.
+    """
+
+    recurrent: tuple[Edge, ...]
+    concat: tuple[int, ...]
+
+
 PUBLISHED: Mapping[str, Genotype] = MappingProxyType(
     {name: Genotype(**cells) for name, cells in published.CELLS.items()}
 )
+PUBLISHED_RECURRENT: Mapping[str, RecurrentGenotype] = MappingProxyType(
+    {name: RecurrentGenotype(**cell) for name, cell in published.RECURRENT_CELLS.items()}
+)
+
+AnyGenotype = Genotype | RecurrentGenotype
 
 
-def edges(num_nodes: int, num_inputs: int = CNN_NUM_INPUTS) -> tuple[tuple[int, int], ...]:
-    """Returns all (source, destination) states of a cell, by destination, then by source.
+class Kind(NamedTuple):
+    """What is to be known of a type of genotypes to read and check them.
 
-    This is the order of alpha's rows.
+    Attributes:
+      name: for messages.
+      type: the type.
+      cells: names of its fields, (edges, concat) for each cell.
+      operations: names that it may use by default: those of the original.
+      edges_per_node: kept per node.
+      num_inputs: states of a cell before its nodes.
+      published: those that go by a name.
     """
-    states = range(num_inputs, num_inputs + num_nodes)
-    return tuple((source, state) for state in states for source in range(state))
+
+    name: str
+    type: type
+    cells: tuple[tuple[str, str], ...]
+    operations: tuple[str, ...]
+    edges_per_node: int
+    num_inputs: int
+    published: Mapping[str, Any]
 
 
-def count_nodes(num_edges: int, num_inputs: int = CNN_NUM_INPUTS) -> int:
-    """Returns the number of intermediate nodes of a cell with `num_edges` candidate edges.
-
-    Raises:
-      ValueError: if no whole number of nodes has that many edges.
-    """
-    num_nodes = total = 0
-    while total < num_edges:
-        total += num_inputs + num_nodes
-        num_nodes += 1
-    if total != num_edges or num_nodes == 0:
-        valid = ", ".join(str(len(edges(n, num_inputs))) for n in (1, 2, 3, 4))
-        raise ValueError(
-            f"{num_edges} edges fit no cell with {num_inputs} inputs; alpha needs one row per edge:"
-            f" {valid}, ... rows for 1, 2, 3, 4, ... nodes"
-        )
-    return num_nodes
-
-
-def derive_cell(
-    alpha: ArrayLike, primitives: Sequence[str], edges_per_node: int, num_inputs: int
-) -> tuple[Edge, ...]:
-    """Returns the strongest edges into each node of one cell, strongest first within a node.
-
-    An edge's strength is the largest softmax probability of its operations other than `none`,
-    which does keep its mass in the denominator; that operation is the edge's. Ties go to the lower
-    operation and to the lower source. DARTS (arXiv 1806.09055), section 2.4.
-
-    Args:
-      alpha: [edges, operations] real, rows in the order of `edges`; the number of nodes follows.
-      primitives: names of the columns.
-      edges_per_node: how many edges each node keeps.
-      num_inputs: how many input states the cell has.
-
-    Raises:
-      ValueError: if alpha has another shape or holds a value that is not finite.
-    """
-    alpha = _matrix(alpha, len(primitives))
-    num_nodes = count_nodes(len(alpha), num_inputs)
-    if not 1 <= edges_per_node <= num_inputs:
-        raise ValueError(
-            f"the first node has {num_inputs} incoming edges and cannot keep {edges_per_node};"
-            f" keep 1 to {num_inputs} per node"
-        )
-    columns = [i for i, name in enumerate(primitives) if name != "none"]
-    choice = [columns[i] for i in alpha[:, columns].argmax(axis=1)]
-    strength = _log_softmax(alpha)[np.arange(len(alpha)), choice]
-
-    kept, row = [], 0
-    for num_sources in range(num_inputs, num_inputs + num_nodes):
-        sources = sorted(range(num_sources), key=lambda source: -strength[row + source])
-        kept += [(primitives[choice[row + s]], s) for s in sources[:edges_per_node]]
-        row += num_sources
-    return tuple(kept)
+CNN = Kind(
+    "convolutional",
+    Genotype,
+    (("normal", "normal_concat"), ("reduce", "reduce_concat")),
+    CNN_OPERATIONS,
+    CNN_EDGES_PER_NODE,
+    CNN_NUM_INPUTS,
+    PUBLISHED,
+)
+RNN = Kind(
+    "recurrent",
+    RecurrentGenotype,
+    (("recurrent", "concat"),),
+    RNN_PRIMITIVES,
+    RNN_EDGES_PER_NODE,
+    RNN_NUM_INPUTS,
+    PUBLISHED_RECURRENT,
+)
 
 
 def derive(alpha: Mapping[str, ArrayLike], primitives: Sequence[str] = CNN_PRIMITIVES) -> Genotype:
@@ -151,6 +149,22 @@ def derive(alpha: Mapping[str, ArrayLike], primitives: Sequence[str] = CNN_PRIMI
     return Genotype(**cells)
 
 
+def derive_recurrent(
+    alpha: ArrayLike, primitives: Sequence[str] = RNN_PRIMITIVES
+) -> RecurrentGenotype:
+    """Returns the discrete recurrent cell that alpha stands for; every node is in its output.
+
+    Args:
+      alpha: [edges, activations] real, 36 edges for the usual 8 nodes.
+      primitives: names of the activations, columns of alpha.
+
+    Raises:
+      ValueError: if alpha has another shape, or holds a value that is not finite.
+    """
+    cell = derive_cell(alpha, primitives, RNN_EDGES_PER_NODE, RNN_NUM_INPUTS)
+    return RecurrentGenotype(cell, tuple(range(1, len(cell) + 1)))
+
+
 def sample(
     rng: np.random.Generator,
     num_nodes: int = 4,
@@ -174,7 +188,7 @@ def sample(
     return Genotype(**cells)
 
 
-def validate(genotype: Genotype, operations: Sequence[str] = CNN_OPERATIONS) -> Genotype:
+def validate(genotype: AnyGenotype, operations: Sequence[str] | None = None) -> AnyGenotype:
     """Returns the genotype, every sequence in it a tuple, if an evaluation network can be built.
 
     Args:
@@ -184,19 +198,19 @@ def validate(genotype: Genotype, operations: Sequence[str] = CNN_OPERATIONS) -> 
     Raises:
       ValueError: naming the field, what is wrong with it, and what would be right.
     """
+    kind = CNN if isinstance(genotype, Genotype) else RNN
+    names = kind.operations if operations is None else operations
     cells: dict[str, Any] = {}
-    for name in ("normal", "reduce"):
+    for name, concat in kind.cells:
         cell = getattr(genotype, name)
-        concat = getattr(genotype, f"{name}_concat")
-        cells[name] = _valid_edges(name, cell, operations, CNN_EDGES_PER_NODE, CNN_NUM_INPUTS)
-        num_states = CNN_NUM_INPUTS + len(cell) // CNN_EDGES_PER_NODE
-        cells[f"{name}_concat"] = _valid_concat(
-            f"{name}_concat", concat, range(CNN_NUM_INPUTS, num_states)
-        )
-    return Genotype(**cells)
+        cells[name] = _valid_edges(name, cell, names, kind)
+        num_states = kind.num_inputs + len(cell) // kind.edges_per_node
+        nodes = range(kind.num_inputs, num_states)
+        cells[concat] = _valid_concat(concat, getattr(genotype, concat), nodes)
+    return kind.type(**cells)
 
 
-def to_json(genotype: Genotype, operations: Sequence[str] = CNN_OPERATIONS) -> str:
+def to_json(genotype: AnyGenotype, operations: Sequence[str] | None = None) -> str:
     """Returns the genotype as JSON text, one field a line; `from_json` gives back its equal.
 
     Args and raises: as `validate`.
@@ -206,12 +220,13 @@ def to_json(genotype: Genotype, operations: Sequence[str] = CNN_OPERATIONS) -> s
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def from_json(text: str, operations: Sequence[str] = CNN_OPERATIONS) -> Genotype:
+def from_json(text: str, operations: Sequence[str] | None = None, kind: Kind = CNN) -> AnyGenotype:
     """Reads a genotype from JSON text.
 
     Args:
-      text: an object with the fields of `Genotype`.
-      operations: names that it may use.
+      text: an object with the fields of the genotype.
+      operations: names that it may use; by default those of the original.
+      kind: `CNN` or `RNN`.
 
     Raises:
       ValueError: if the text is not JSON, a field is missing, unknown or given twice, or the
@@ -227,29 +242,33 @@ def from_json(text: str, operations: Sequence[str] = CNN_OPERATIONS) -> Genotype
         fields = json.loads(text, object_pairs_hook=collect)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error}); write genotypes with `save`") from error
+    names = kind.type._fields
     if not isinstance(fields, dict):
         raise ValueError(
-            f"a genotype is a JSON object with the fields {', '.join(Genotype._fields)},"
+            f"a genotype is a JSON object with the fields {', '.join(names)},"
             f" not {reprlib.repr(fields)}"
         )
     if twice:
         raise ValueError(f"field {reprlib.repr(twice[0])} is given twice; keep one")
+    for other in (CNN, RNN):
+        if other is not kind and set(fields) == set(other.type._fields):
+            raise ValueError(f"holds {other.name} cells; give a file of {kind.name} ones")
     for name in fields:
-        if name not in Genotype._fields:
+        if name not in names:
             raise ValueError(
                 f"unknown field {reprlib.repr(name)}; remove it, or rename it to one of:"
-                f" {nearest(name, Genotype._fields)}"
+                f" {nearest(name, names)}"
             )
-    for name in Genotype._fields:
+    for name in names:
         if name not in fields:
             raise ValueError(f"field {name!r} is missing; add it")
-    return validate(Genotype(**fields), operations)
+    return validate(kind.type(**fields), operations)
 
 
 def save(
-    genotype: Genotype,
+    genotype: AnyGenotype,
     path: str | os.PathLike[str],
-    operations: Sequence[str] = CNN_OPERATIONS,
+    operations: Sequence[str] | None = None,
 ) -> None:
     """Writes the genotype to a JSON file, whole or not at all.
 
@@ -265,20 +284,23 @@ def save(
 
 
 def load(
-    path_or_name: str | os.PathLike[str], operations: Sequence[str] = CNN_OPERATIONS
-) -> Genotype:
+    path_or_name: str | os.PathLike[str],
+    operations: Sequence[str] | None = None,
+    kind: Kind = CNN,
+) -> AnyGenotype:
     """Returns a published cell by its name, or reads the JSON file at a path.
 
     Args:
-      path_or_name: of the file, or one of `PUBLISHED`.
+      path_or_name: of the file, or one of the kind's published cells.
       operations: names that a file may use.
+      kind: `CNN` or `RNN`.
 
     Raises:
       ValueError: if it is neither, or the file cannot be read, is larger than 1 MB, or holds no
         valid genotype; the message starts with the path.
     """
-    if path_or_name in PUBLISHED:
-        return PUBLISHED[path_or_name]
+    if path_or_name in kind.published:
+        return kind.published[path_or_name]
     path = Path(path_or_name)
     try:
         with path.open("rb") as file:
@@ -286,7 +308,7 @@ def load(
     except FileNotFoundError:
         raise ValueError(
             f"no genotype file or published cell {str(path)!r}; give the path of a JSON file,"
-            f" or one of: {nearest(str(path), PUBLISHED)}"
+            f" or one of: {nearest(str(path), kind.published)}"
         ) from None
     except OSError as error:
         raise ValueError(
@@ -295,7 +317,7 @@ def load(
     if len(content) > MAX_FILE_BYTES:
         raise ValueError(f"{path}: larger than 1 MB, so not a genotype; give another file")
     try:
-        return from_json(content.decode(), operations)
+        return from_json(content.decode(), operations, kind)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text; write genotypes with `save`") from error
     except ValueError as error:
@@ -309,43 +331,14 @@ def nearest(name: str, valid: Sequence[str] | Mapping[str, Any]) -> str:
     return ", ".join(folded[match] for match in close or folded)
 
 
-def _matrix(alpha: ArrayLike, num_operations: int) -> np.ndarray:
-    try:
-        alpha = np.asarray(alpha, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"not an array of real numbers; alpha is [edges, {num_operations} operations]"
-        ) from error
-    if alpha.ndim != 2 or alpha.shape[1] != num_operations:
-        raise ValueError(
-            f"shape {list(alpha.shape)}; alpha is [edges, {num_operations} operations]"
-        )
-    if not np.isfinite(alpha).all():
-        row, column = np.argwhere(~np.isfinite(alpha))[0]
-        raise ValueError(
-            f"element [{row}, {column}] is {alpha[row, column]};"
-            " derive from the last alpha that is finite"
-        )
-    return alpha
-
-
-def _log_softmax(alpha: np.ndarray) -> np.ndarray:
-    # The logarithm orders edges as the probability does, and does not underflow where `none`
-    # dominates. Sorting fixes the order of the sum: rows that hold the same numbers tie exactly.
-    shifted = alpha - alpha.max(axis=1, keepdims=True)
-    return shifted - np.log(np.sort(np.exp(shifted), axis=1).sum(axis=1, keepdims=True))
-
-
-def _valid_edges(
-    field: str, cell: Any, operations: Sequence[str], edges_per_node: int, num_inputs: int
-) -> tuple[Edge, ...]:
+def _valid_edges(field: str, cell: Any, operations: Sequence[str], kind: Kind) -> tuple[Edge, ...]:
     if not isinstance(cell, list | tuple):
         raise ValueError(
             f"field {field!r} is {reprlib.repr(cell)}; it needs a list of [operation, source]"
         )
-    if not cell or len(cell) % edges_per_node:
+    if not cell or len(cell) % kind.edges_per_node:
         raise ValueError(
-            f"field {field!r} has {len(cell)} edges; it needs {edges_per_node} per node"
+            f"field {field!r} has {len(cell)} edges; it needs {kind.edges_per_node} per node"
         )
     for index, edge in enumerate(cell):
         where = f"field {field!r}, edge {index}"
@@ -360,7 +353,7 @@ def _valid_edges(
                 f"{where}: unknown operation {reprlib.repr(operation)}; use one of:"
                 f" {nearest(operation, operations)}"
             )
-        last = num_inputs + index // edges_per_node - 1
+        last = kind.num_inputs + index // kind.edges_per_node - 1
         if not 0 <= source <= last:
             raise ValueError(
                 f"{where}: source {reprlib.repr(source)} is out of range; use 0 to {last}, a state"

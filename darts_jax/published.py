@@ -1,4 +1,4 @@
-"""The published convolutional cells as plain data: the fields of a `genotype.Genotype`, by name."""
+"""The published cells as plain data: the fields of their genotypes, by name."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -78,6 +78,34 @@ CELLS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
             ("conv_7x1_1x7", 0), ("sep_conv_3x3", 5),
         ),
         "reduce_concat": (3, 4, 6),
+    },
+})
+
+RECURRENT_CELLS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
+    # First order: Liu et al. 2019, arXiv 1806.09055, as released in quark0/darts.
+    "DARTS_V1": {
+        "recurrent": (
+            ("relu", 0), ("relu", 1), ("tanh", 2), ("relu", 3),
+            ("relu", 4), ("identity", 1), ("relu", 5), ("relu", 1),
+        ),
+        "concat": (1, 2, 3, 4, 5, 6, 7, 8),
+    },
+    # Second order, likewise.
+    "DARTS_V2": {
+        "recurrent": (
+            ("sigmoid", 0), ("relu", 1), ("relu", 1), ("identity", 1),
+            ("tanh", 2), ("sigmoid", 5), ("tanh", 3), ("relu", 5),
+        ),
+        "concat": (1, 2, 3, 4, 5, 6, 7, 8),
+    },
+    # ENAS: Pham et al. 2018, arXiv 1802.03268, in the encoding of quark0/darts.
+    "ENAS": {
+        "recurrent": (
+            ("tanh", 0), ("tanh", 1), ("relu", 1), ("tanh", 3),
+            ("tanh", 3), ("relu", 3), ("relu", 4), ("relu", 7),
+            ("relu", 8), ("relu", 8), ("relu", 8),
+        ),
+        "concat": (2, 5, 6, 9, 10, 11),
     },
 })
 # fmt: on

@@ -1,0 +1,200 @@
+"""Relaxed and discrete recurrent cells as pure functions, scanned over time.
+
+State 0 of a cell is its start, a gated step from the hidden state; state i > 0 is node i - 1. Every
+edge is a gated step, too: with [c, h] = s W, c through a sigmoid,
+
+    o(s) = s + c (f(h) - s)
+
+for an activation f. DARTS (arXiv 1806.09055), section 2.1 and appendix A.1.2.
+
+All edges that leave a state share their input: one matrix product serves the state's edges to all
+later nodes, and each activation is applied to their stack.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import FrozenDict
+from jax import Array, lax
+
+from darts_jax.genotype import RecurrentGenotype
+from darts_jax.operations import Moments, batch_norm, relu, update_running
+
+PyTree = Any
+Activations = Mapping[str, Callable[[Array], Array]]
+
+# The paper's candidates besides "none", which is zero and takes its share of the softmax only.
+ACTIVATIONS: FrozenDict[str, Callable[[Array], Array]] = FrozenDict(
+    {
+        "tanh": jnp.tanh,
+        "relu": relu,
+        "sigmoid": jax.nn.sigmoid,
+        "identity": lambda h: h,
+    }
+)
+UNIFORM_BOUND = 0.04  # of initial weights
+
+
+class Masks(NamedTuple):
+    """Dropout inside of a cell, the same at all times: [B, inputs] and [B, D], 0 or 1 / keep."""
+
+    input: Array
+    hidden: Array
+
+
+class Trajectory(NamedTuple):
+    """What a cell does with a sequence.
+
+    Attributes:
+      hiddens: [T, B, D], after each step.
+      last: [B, D], after the last valid step.
+      running: running statistics after it, or as they were.
+    """
+
+    hiddens: Array
+    last: Array
+    running: Moments | None
+
+
+def shapes(inputs: int, size: int, num_nodes: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a cell's parameters, gate first and candidate second along the last axis."""
+    return {"start": (inputs + size, 2 * size), "nodes": (num_nodes, size, 2 * size)}
+
+
+def uniform(key: Array, shapes: PyTree) -> PyTree:
+    """Arrays of the given shapes, uniform in +-0.04."""
+    leaves, treedef = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    draws = [
+        jax.random.uniform(k, shape, minval=-UNIFORM_BOUND, maxval=UNIFORM_BOUND)
+        for k, shape in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
+    ]
+    return treedef.unflatten(draws)
+
+
+def running_statistics(size: int) -> Moments:
+    """Initial running statistics of a relaxed cell, which all its states share: [D]."""
+    return Moments(jnp.zeros(size), jnp.ones(size))
+
+
+def relaxed(
+    params: Mapping[str, Array],
+    running: Moments,
+    x: Array,
+    hidden: Array,
+    weights: Array,
+    *,
+    train: bool,
+    activations: Activations,
+    columns: Mapping[str, int],
+    masks: Masks | None = None,
+    valid: Array | None = None,
+) -> Trajectory:
+    """Runs a relaxed cell over a sequence; its output is the mean of all nodes.
+
+    The start and every node go through a batch norm without scale and shift, by the batch at each
+    time if `train`.
+
+    Args:
+      params: as in `shapes`.
+      running: [D] each; in training, each batch norm of each valid step updates them in turn.
+      x: [T, B, inputs].
+      hidden: [B, D].
+      weights: mixing weights [edges, candidates], rows ordered by node, then by source.
+      train: normalise by the batch.
+      activations: the candidates by name.
+      columns: each candidate's column in weights.
+      masks: dropout; None for none.
+      valid: bool [T], False at steps that are padding; None if there are none.
+    """
+    num_nodes, size = params["nodes"].shape[:2]
+    order = np.array([columns[name] for name in activations])
+    # Edge i (i + 1) / 2 + j leads from state j to node i: by source, from the node of its number.
+    rows = [
+        weights[np.array([i * (i + 1) // 2 + j for i in range(j, num_nodes)])[:, None], order]
+        for j in range(num_nodes)
+    ]
+
+    def normalize(s, running):
+        s, batch = batch_norm(s[None, None], None if train else running)
+        return s[0, 0], update_running(running, batch) if train else running
+
+    def cell(x, hidden, running):
+        s, running = normalize(_start(params, x, hidden, masks), running)
+        nodes, states = [jnp.zeros_like(s)] * num_nodes, []
+        for j in range(num_nodes):
+            products = _masked(s, masks) @ _beside(params["nodes"][j:])
+            gate, candidate = jnp.split(products.reshape(*s.shape[:-1], -1, 2 * size), 2, axis=-1)
+            gate = jax.nn.sigmoid(gate)
+            outputs = jnp.stack([f(candidate) for f in activations.values()], axis=-2)
+            mixed = jnp.einsum("bnod,no->bnd", outputs, rows[j])
+            # sum_o p_o (s + c (o(h) - s)), the part of s gathered.
+            kept = rows[j].sum(1)[:, None] * (1 - gate) * s[:, None]
+            arriving = kept + gate * mixed
+            for i in range(j, num_nodes):
+                nodes[i] = nodes[i] + arriving[:, i - j]
+            s, running = normalize(nodes[j], running)
+            states.append(s)
+        return sum(states) / num_nodes, running
+
+    return _scan(cell, x, hidden, running, valid)
+
+
+def discrete(
+    params: Mapping[str, Array],
+    x: Array,
+    hidden: Array,
+    genotype: RecurrentGenotype,
+    *,
+    activations: Activations,
+    masks: Masks | None = None,
+    valid: Array | None = None,
+) -> Trajectory:
+    """Runs a discrete cell over a sequence; its output is the mean of the concatenated states.
+
+    Args:
+      params: as in `shapes`, with as many nodes as the genotype has.
+      genotype: the cell.
+      The others: as for `relaxed`.
+    """
+    size = hidden.shape[-1]
+
+    def cell(x, hidden, running):
+        states = [_start(params, x, hidden, masks)]
+        for i, (name, source) in enumerate(genotype.recurrent):
+            s = states[source]
+            gate, candidate = jnp.split(_masked(s, masks) @ params["nodes"][i], [size], axis=-1)
+            states.append(s + jax.nn.sigmoid(gate) * (activations[name](candidate) - s))
+        return sum(states[i] for i in genotype.concat) / len(genotype.concat), running
+
+    return _scan(cell, x, hidden, None, valid)
+
+
+def _start(params, x, hidden, masks):
+    inputs = x if masks is None else x * masks.input
+    both = jnp.concatenate([inputs, _masked(hidden, masks)], axis=-1) @ params["start"]
+    gate, candidate = jnp.split(both, 2, axis=-1)
+    return hidden + jax.nn.sigmoid(gate) * (jnp.tanh(candidate) - hidden)
+
+
+def _masked(s, masks):
+    return s if masks is None else s * masks.hidden
+
+
+def _beside(matrices):
+    """[N, D, 2 D] as one matrix [D, N 2 D]."""
+    return matrices.transpose(1, 0, 2).reshape(matrices.shape[1], -1)
+
+
+def _scan(cell, x, hidden, running, valid) -> Trajectory:
+    def step(carry, at):
+        x, is_valid = at
+        after = cell(x, *carry)
+        if is_valid is not None:
+            after = jax.tree.map(lambda a, b: jnp.where(is_valid, a, b), after, carry)
+        return after, after[0]
+
+    (last, running), hiddens = lax.scan(step, (hidden, running), (x, valid))
+    return Trajectory(hiddens, last, running)

@@ -1,0 +1,397 @@
+"""Recurrent cells and the language model against numbers recorded from the original."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from darts_jax import hypergradient, language_model, recurrent, relaxation
+from darts_jax.genotype import PUBLISHED_RECURRENT, RNN_PRIMITIVES, RecurrentGenotype
+from darts_jax.language_model import Batch, Dropout, Inputs
+from darts_jax.operations import Moments
+from darts_jax.recurrent import ACTIVATIONS, Masks
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+RTOL = 1e-9
+NODES = 8
+
+
+def close(actual, expected, rtol=RTOL):
+    """Relative to the largest entry: a value near zero is a difference of larger ones."""
+    expected = np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=rtol * np.abs(expected).max())
+
+
+def params_of(w):
+    """Parameters from `{name: array}`, which may also be gradients."""
+    nodes = [w[f"rnns.0._Ws.{i}"] for i in range(NODES)]
+    return {
+        "embedding": jnp.asarray(w["encoder.weight"]),
+        "bias": jnp.asarray(w["decoder.bias"]),
+        "cell": {"start": jnp.asarray(w["rnns.0._W0"]), "nodes": jnp.stack(nodes)},
+    }
+
+
+@pytest.fixture(scope="module")
+def recorded(oracle_path):
+    return dict(np.load(oracle_path / "rnn.npz"))
+
+
+@pytest.fixture(scope="module")
+def params(recorded, unpack):
+    with jax.enable_x64(True):
+        return params_of(unpack(recorded, "search/w"))
+
+
+@pytest.fixture(scope="module")
+def running(recorded, unpack):
+    buffers = unpack(recorded, "search/buf")
+    return Moments(*(buffers[f"rnns.0.bn.running_{kind}"] for kind in ("mean", "var")))
+
+
+@pytest.fixture(scope="module")
+def inputs(recorded, running):
+    """`inputs("train")`: the recorded batch and hidden states."""
+
+    def make(name):
+        tokens, targets = recorded[f"search/x_{name}"], recorded[f"search/y_{name}"]
+        valid = np.ones(len(tokens), bool)
+        batch = Batch(tokens, targets, valid, jax.random.key(0))
+        return Inputs(batch, recorded[f"search/h_{name}"][0], running)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def training(recorded, params, inputs):
+    """Loss, aux and gradients of the training batch."""
+    with jax.enable_x64(True):
+        differentiate = jax.value_and_grad(language_model.make_loss(), (0, 1), has_aux=True)
+        return jax.jit(differentiate)(params, recorded["search/alpha"], inputs("train"))
+
+
+# The relaxed cell.
+
+
+def test_recorded_training(recorded, training):
+    (loss, aux), (gradient, alpha_gradient) = training
+    prefix = "search/out/train"
+    close(jax.nn.log_softmax(aux.logits), recorded[f"{prefix}/log_probs"])
+    close(loss, recorded[f"{prefix}/loss"])
+    close(aux.hidden, recorded[f"{prefix}/hidden_new"][0])
+    for ours, kind in zip(aux.running, ("mean", "var"), strict=True):
+        close(ours, recorded[f"{prefix}/buf_after/rnns.0.bn.running_{kind}"])
+    grads = {k.split("grad/")[1]: v for k, v in recorded.items() if k.startswith(f"{prefix}/grad/")}
+    jax.tree.map(close, gradient, params_of(grads))
+    close(alpha_gradient, recorded[f"{prefix}/grad_alpha"])
+    close(optax.tree.norm(gradient), recorded[f"{prefix}/grad_norm_global"])
+
+
+def test_recorded_slowness(recorded, params, inputs):
+    weight = float(recorded["cfg/tar_beta"])
+    loss = language_model.make_loss(slowness_weight=weight)
+    (value, aux), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        params, recorded["search/alpha"], inputs("train")
+    )
+    close(value - aux.cross_entropy, recorded["search/out/train/tar_term"], 1e-8)
+    close(optax.tree.norm(gradient), recorded["search/out/train/grad_norm_global_with_tar"])
+
+
+def test_recorded_hidden_states(recorded, params, inputs, running):
+    weights = relaxation.softmax(recorded["search/alpha"])
+    cell = language_model.relaxed_cell(running, weights, train=True)
+    given = inputs("train")
+    output = jax.jit(lambda: language_model.apply(params, given.batch.tokens, given.hidden, cell))()
+    close(output.trajectory.hiddens, recorded["search/out/train/hiddens"])
+
+
+def test_recorded_evaluation(recorded, params, inputs, running):
+    weights = relaxation.softmax(recorded["search/alpha"])
+    cell = language_model.relaxed_cell(running, weights, train=False)
+    given = inputs("train")
+    output = jax.jit(lambda: language_model.apply(params, given.batch.tokens, given.hidden, cell))()
+    prefix = "search/out/evalmode"
+    close(jax.nn.log_softmax(output.logits), recorded[f"{prefix}/log_probs"])
+    close(output.trajectory.last, recorded[f"{prefix}/hidden_new"][0])
+    total, count = language_model.cross_entropies(
+        output.logits, given.batch.targets, given.batch.valid
+    )
+    close(total / count, recorded[f"{prefix}/loss"])
+    jax.tree.map(np.testing.assert_array_equal, output.trajectory.running, running)
+
+
+def test_recorded_masks(recorded, params, inputs, running):
+    masks = language_model.ModelMasks(
+        jnp.ones((50, 1)),
+        jnp.ones(16),
+        jnp.ones(16),
+        Masks(recorded["mask/x_mask"], recorded["mask/h_mask"]),
+    )
+    given = inputs("train")
+    weights = relaxation.softmax(recorded["search/alpha"])
+    cell = language_model.relaxed_cell(running, weights, train=True)
+    tokens = given.batch.tokens
+    output = jax.jit(lambda: language_model.apply(params, tokens, given.hidden, cell, masks))()
+    close(jax.nn.log_softmax(output.logits), recorded["mask/search/log_probs"])
+    close(output.trajectory.last, recorded["mask/search/hidden_new"][0])
+
+
+# Hypergradients.
+
+
+def clip_as_pytorch(bound):
+    """The original's, which adds 1e-6 to the norm; `optax.clip_by_global_norm` does not."""
+
+    def clip(updates, params):
+        factor = jnp.minimum(1, bound / (optax.tree.norm(updates) + 1e-6))
+        return jax.tree.map(lambda g: factor * g, updates)
+
+    return optax.stateless(clip)
+
+
+@functools.lru_cache
+def estimator(eta, clip, decay):
+    loss = language_model.make_loss()
+    clipping = clip_as_pytorch(clip) if clip else optax.identity()
+    optimizer = optax.chain(clipping, optax.add_decayed_weights(decay), optax.sgd(eta))
+    problem = hypergradient.Bilevel(loss, loss, has_aux=True)
+    return optimizer, hypergradient.unrolled(problem, optimizer)
+
+
+def test_recorded_first_order(recorded, params, inputs):
+    loss = language_model.make_loss()
+    estimate = hypergradient.first_order(hypergradient.Bilevel(loss, loss, has_aux=True))
+    found = estimate(recorded["search/alpha"], params, None, inputs("train"), inputs("val"))
+    close(found.gradient, recorded["search/out/hyper_first"])
+    close(found.value, recorded["search/out/val/loss"])
+    close(found.aux.hidden, recorded["search/out/val/hidden_new"][0])
+
+
+@pytest.mark.parametrize("kind", ["noclip", "clip"])
+@pytest.mark.parametrize("case", "ABC")
+def test_recorded_exact_hypergradient(recorded, params, inputs, case, kind):
+    """Every parameter moves, the embedding too; the clip is differentiated through."""
+    prefix = f"search/out/case{case}"
+    eta, clip, decay = (float(recorded[f"{prefix}/{k}"]) for k in ("eta", "clip", "weight_decay"))
+    optimizer, estimate = estimator(eta, clip if kind == "clip" else None, decay)
+    found = estimate(
+        recorded["search/alpha"], params, optimizer.init(params), inputs("train"), inputs("val")
+    )
+    close(found.gradient, recorded[f"{prefix}/hyper_exact_{kind}"])
+    close(found.value, recorded[f"{prefix}/exact_{kind}/loss_val_unrolled"])
+
+
+@pytest.fixture(scope="module")
+def original(recorded, params, inputs):
+    """The original's recipe, with the mixed product exact: a function of eta, clip and decay."""
+    alpha, train, val = recorded["search/alpha"], inputs("train"), inputs("val")
+    loss = language_model.make_loss()
+
+    def factor(tree, clip):
+        return clip / (optax.tree.norm(tree) + 1e-6)
+
+    @jax.jit
+    def run(eta, clip, decay):
+        slope, _ = jax.grad(loss, has_aux=True)(params, alpha, train)
+        capped = jnp.minimum(1, factor(slope, clip))
+        moved = jax.tree.map(lambda w, g: w - eta * (capped * g + decay * w), params, slope)
+        moved["embedding"] = params["embedding"]  # stays, though it is trained
+        (value, _), (vector, direct) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+            moved, alpha, val
+        )
+        # v alone is clipped, not the direct term.
+        vector = optax.tree.scale(jnp.minimum(1, factor(vector, clip)), vector)
+
+        def along(alpha):
+            gradient, _ = jax.grad(loss, has_aux=True)(params, alpha, train)
+            return optax.tree.vdot(gradient, vector)
+
+        product = jax.grad(along)(alpha)
+        # The derivative of the clip is taken for its factor, which may be above 1 here.
+        return value, direct, product, direct - eta * factor(slope, clip) * product
+
+    return run
+
+
+@pytest.mark.parametrize("case", "ABC")
+def test_the_originals_hypergradient_is_explained_by_its_differences(recorded, original, case):
+    prefix = f"search/out/case{case}"
+    value, direct, product, whole = original(
+        *(float(recorded[f"{prefix}/{k}"]) for k in ("eta", "clip", "weight_decay"))
+    )
+    close(value, recorded[f"{prefix}/ref_exacthvp/loss_val_unrolled"])
+    close(direct, recorded[f"{prefix}/ref_exacthvp/direct"])
+    close(product, recorded[f"{prefix}/ref_exacthvp/hvp"])
+    close(whole, recorded[f"{prefix}/hyper_ref_exacthvp"])
+
+
+# The discrete cell.
+
+
+def discrete_run(recorded, unpack, inputs, masks=None):
+    own = params_of(unpack(recorded, "eval/DARTS_V2/w"))
+    cell = language_model.discrete_cell(PUBLISHED_RECURRENT["DARTS_V2"])
+    given = inputs("train")
+    tokens = given.batch.tokens
+    return jax.jit(lambda: language_model.apply(own, tokens, given.hidden, cell, masks))()
+
+
+def test_recorded_discrete_cell(recorded, unpack, inputs):
+    output = discrete_run(recorded, unpack, inputs)
+    prefix = "eval/DARTS_V2/out"
+    close(jax.nn.log_softmax(output.logits), recorded[f"{prefix}/log_probs"])
+    close(output.trajectory.hiddens, recorded[f"{prefix}/hiddens"])
+    close(output.trajectory.last, recorded[f"{prefix}/hidden_new"][0])
+
+
+def test_recorded_discrete_gradients(recorded, unpack, inputs):
+    own = params_of(unpack(recorded, "eval/DARTS_V2/w"))
+    loss = language_model.make_discrete_loss(PUBLISHED_RECURRENT["DARTS_V2"])
+    (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(own, inputs("train"))
+    prefix = "eval/DARTS_V2/out"
+    close(value, recorded[f"{prefix}/loss"])
+    grads = {k.split("grad/")[1]: v for k, v in recorded.items() if k.startswith(f"{prefix}/grad/")}
+    jax.tree.map(close, gradient, params_of(grads))
+
+
+def test_recorded_discrete_masks(recorded, unpack, inputs):
+    masks = language_model.ModelMasks(
+        jnp.ones((50, 1)),
+        jnp.ones(16),
+        jnp.ones(16),
+        Masks(recorded["mask/x_mask"], recorded["mask/h_mask"]),
+    )
+    output = discrete_run(recorded, unpack, inputs, masks)
+    close(jax.nn.log_softmax(output.logits), recorded["mask/eval/DARTS_V2/log_probs"])
+    close(output.trajectory.last, recorded["mask/eval/DARTS_V2/hidden_new"][0])
+
+
+@pytest.mark.parametrize(
+    ("group", "vocabulary", "size"),
+    [("eval_rnn_850_vocab10000", 10000, 850), ("eval_rnn_700_vocab33278", 33278, 700)],
+)
+@pytest.mark.parametrize("name", PUBLISHED_RECURRENT)
+def test_parameter_counts(oracle, group, vocabulary, size, name):
+    shapes = language_model.shapes(vocabulary, size, len(PUBLISHED_RECURRENT[name].recurrent))
+    assert count(shapes) == oracle("params.json")[group][name]["params"]
+
+
+def test_parameter_count_of_the_search(oracle):
+    recorded = oracle("params.json")["search_rnn_300_vocab10000"]["params"]
+    assert count(language_model.shapes(10000, 300, NODES)) == recorded == 4_810_000
+
+
+def count(shapes):
+    leaves = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return sum(int(np.prod(shape)) for shape in leaves)
+
+
+# Invariants.
+
+
+def test_is_the_discrete_cell_with_one_hot_weights():
+    """By running statistics of mean 0 and variance 1 - 1e-5, batch norm is the identity."""
+    rng = np.random.default_rng(0)
+    recorded_cell = (("tanh", 0), ("relu", 0), ("sigmoid", 1), ("identity", 2))
+    cell = RecurrentGenotype(recorded_cell, (1, 2, 3, 4))
+    params = {
+        name: jnp.asarray(rng.normal(size=shape))
+        for name, shape in recurrent.shapes(3, 5, len(recorded_cell)).items()
+    }
+    x, hidden = jnp.asarray(rng.normal(size=(4, 2, 3))), jnp.asarray(rng.normal(size=(2, 5)))
+    rows = []
+    for i, (name, source) in enumerate(recorded_cell):
+        for j in range(i + 1):
+            rows.append(RNN_PRIMITIVES.index(name if j == source else "none"))
+    found = recurrent.relaxed(
+        params,
+        Moments(jnp.zeros(5), jnp.full(5, 1 - 1e-5)),
+        x,
+        hidden,
+        jnp.eye(5)[np.array(rows)],
+        train=False,
+        activations=ACTIVATIONS,
+        columns={name: RNN_PRIMITIVES.index(name) for name in ACTIVATIONS},
+    )
+    expected = recurrent.discrete(params, x, hidden, cell, activations=ACTIVATIONS)
+    close(found.hiddens, expected.hiddens)
+    close(found.last, expected.last)
+
+
+@pytest.mark.parametrize("kind", ["relaxed", "discrete"])
+def test_padding_changes_nothing(recorded, params, inputs, kind):
+    given = inputs("train")
+    batch = given.batch
+    longer = Batch(
+        np.concatenate([batch.tokens, np.full((4, 3), 9)]),
+        np.concatenate([batch.targets, np.full((4, 3), 7)]),
+        np.arange(11) < 7,
+        batch.key,
+    )
+    options = {"dropout": Dropout(0.1, 0.2, 0.3, 0.4, 0.5), "slowness_weight": 0.01}
+    if kind == "relaxed":
+        loss = functools.partial(
+            lambda make, w, given: make(w, recorded["search/alpha"], given),
+            language_model.make_loss(**options),
+        )
+    else:
+        loss = language_model.make_discrete_loss(PUBLISHED_RECURRENT["DARTS_V1"], **options)
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (expected, aux), gradient = run(params, given)
+    (value, padded), padded_gradient = run(params, given._replace(batch=longer))
+    close(value, expected, 1e-12)
+    close(padded.cross_entropy, aux.cross_entropy, 1e-12)
+    close(padded.hidden, aux.hidden, 1e-12)
+    close(padded.logits[:7], aux.logits, 1e-12)
+    if kind == "relaxed":
+        jax.tree.map(functools.partial(close, rtol=1e-12), padded.running, aux.running)
+    jax.tree.map(functools.partial(close, rtol=1e-11), padded_gradient, gradient)
+
+
+def test_masks_drop_what_they_say():
+    dropout = Dropout(words=0.1, embedding=0.2, input=0.3, hidden=0.4, output=0.5)
+    masks = language_model.draw_masks(jax.random.key(0), dropout, 40, 50, 3000)
+    pairs = [
+        (masks.words, dropout.words),
+        (masks.embedding, dropout.embedding),
+        (masks.cell.input, dropout.input),
+        (masks.cell.hidden, dropout.hidden),
+        (masks.output, dropout.output),
+    ]
+    for mask, rate in pairs:
+        np.testing.assert_allclose(np.unique(mask), [0, 1 / (1 - rate)], rtol=1e-6)
+        np.testing.assert_allclose((mask == 0).mean(), rate, atol=0.04)
+    assert masks.words.shape == (3000, 1)  # all of a word at once
+    drawn = [np.asarray(mask > 0).tobytes() for mask, _ in pairs[1:]]
+    assert len(set(drawn)) == 4
+
+
+def test_evaluation_goes_on_from_window_to_window(params):
+    rng = np.random.default_rng(0)
+    text = rng.integers(0, 50, (12, 3))
+    cell = language_model.discrete_cell(PUBLISHED_RECURRENT["DARTS_V2"])
+    whole = jnp.zeros((3, 16))
+    output = language_model.apply(params, text[:-1], whole, cell)
+    total, tokens = language_model.cross_entropies(output.logits, text[1:], np.ones(11, bool))
+    windows = [np.concatenate([part, np.zeros((1, 3), int)]) for part in (text[:-1], text[1:])]
+    found = language_model.evaluate(
+        params, cell, *(x.reshape(3, 4, 3) for x in windows), (np.arange(12) < 11).reshape(3, 4)
+    )
+    close(found[0], total, 1e-12)
+    assert found[1] == tokens == 33
+
+
+def test_initial_parameters():
+    params = language_model.init_params(jax.random.key(0), 100, 12, 4)
+    shapes = language_model.shapes(100, 12, 4)
+    assert jax.tree.map(jnp.shape, params) == shapes
+    assert not params["bias"].any()
+    drawn = [params["embedding"], params["cell"]["start"], params["cell"]["nodes"]]
+    for leaf in drawn:
+        assert 0.039 < jnp.abs(leaf).max() < 0.04
+        assert abs(leaf.mean()) < 0.003
