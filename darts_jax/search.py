@@ -33,13 +33,17 @@ class Batch(NamedTuple):
 
 
 class SearchState(NamedTuple):
-    """All that continues a search: `step` counts finished iterations, `key` is never consumed."""
+    """All that continues a search: `step` counts finished iterations, `key` is never consumed.
+
+    `carry` is what goes from batch to batch beside the weights: running statistics, and for a
+    recurrent model its hidden states.
+    """
 
     step: Array
     key: Array
     w: PyTree
     alpha: PyTree
-    batch_stats: PyTree
+    carry: PyTree
     w_opt_state: optax.OptState
     alpha_opt_state: optax.OptState
 
@@ -65,6 +69,24 @@ class Aux(NamedTuple):
 
     logits: Array
     batch_stats: PyTree
+
+
+class Task(NamedTuple):
+    """What is searched for: losses, and how the carry goes from batch to batch.
+
+    Attributes:
+      train_loss, val_loss: `loss(w, alpha, inputs) -> (value, aux)`.
+      train_inputs, val_inputs: `(carry, batch) -> inputs` of the losses.
+      next_carry: `(aux of the weight step, aux of the hypergradient) -> carry`.
+      accuracy: `(aux, batch) -> share` of right predictions, in [0, 1].
+    """
+
+    train_loss: Callable
+    val_loss: Callable
+    train_inputs: Callable[[PyTree, Any], Any]
+    val_inputs: Callable[[PyTree, Any], Any]
+    next_carry: Callable[[Any, Any], PyTree]
+    accuracy: Callable[[Any, Any], Array]
 
 
 class Inputs(NamedTuple):
@@ -107,7 +129,7 @@ def init(
         key=state_key,
         w=w,
         alpha=alpha,
-        batch_stats=variables["batch_stats"],
+        carry=variables["batch_stats"],
         w_opt_state=fresh(w_optimizer.init(w)),
         alpha_opt_state=fresh(alpha_optimizer.init(alpha)),
     )
@@ -136,6 +158,26 @@ def _make_loss(network: nn.Module, relax: Relaxation) -> Callable:
     return loss
 
 
+def image_task(network: nn.Module, relax: Relaxation = relaxation.softmax) -> Task:
+    """Classification of images by a supernet; the carry is its running statistics.
+
+    They advance with the weight step alone: the passes that an estimator makes are not training.
+    """
+    loss = make_loss(network, relax)
+
+    def inputs(carry, batch):
+        return Inputs(batch, carry)
+
+    return Task(
+        loss,
+        loss,
+        inputs,
+        inputs,
+        next_carry=lambda train, val: train.batch_stats,
+        accuracy=lambda aux, batch: accuracy(aux.logits, batch.label),
+    )
+
+
 def make_step(
     network: nn.Module,
     estimator: Callable[[Bilevel], Estimator],
@@ -143,24 +185,36 @@ def make_step(
     alpha_optimizer: optax.GradientTransformation,
     relax: Relaxation = relaxation.softmax,
 ) -> Callable[[SearchState, Batch, Batch], tuple[SearchState, Metrics]]:
+    """`step(state, train_batch, val_batch) -> (state, Metrics)` of a supernet, by `make_task_step`.
+
+    Args:
+      network: as for `init`.
+      relax: from alpha to mixing weights.
+      The others: as for `make_task_step`.
+    """
+    return make_task_step(image_task(network, relax), estimator, w_optimizer, alpha_optimizer)
+
+
+def make_task_step(
+    task: Task,
+    estimator: Callable[[Bilevel], Estimator],
+    w_optimizer: optax.GradientTransformation,
+    alpha_optimizer: optax.GradientTransformation,
+) -> Callable[[SearchState, Any, Any], tuple[SearchState, Metrics]]:
     """`step(state, train_batch, val_batch) -> (state, Metrics)`: one iteration, alpha first.
 
     The state is donated: weights, alpha and optimizer states are updated where they lie, and the
     state that was passed in must not be used again.
 
-    Running statistics advance with the weight step alone: the passes that an estimator makes are
-    not training.
-
     Args:
-      network: as for `init`.
+      task: what is searched for.
       estimator: makes an estimator from the bilevel problem, such as
         `lambda problem: hypergradient.unrolled(problem, w_optimizer)`.
-      w_optimizer, alpha_optimizer: as for `init`.
-      relax: from alpha to mixing weights.
+      w_optimizer: trains the weights.
+      alpha_optimizer: trains alpha.
     """
-    loss = make_loss(network, relax)
-    estimate = estimator(Bilevel(loss, loss, has_aux=True))
-    differentiate = value_and_grad(loss, True)
+    estimate = estimator(Bilevel(task.train_loss, task.val_loss, has_aux=True))
+    differentiate = value_and_grad(task.train_loss, True)
 
     @partial(jax.jit, donate_argnames=("opt_state", "alpha"))
     def alpha_step(gradient, opt_state, alpha):
@@ -173,36 +227,28 @@ def make_step(
         return count + 1, optax.apply_updates(w, updates), opt_state
 
     @jax.jit
-    def summarize(train, train_label, w_gradient, val_value, val_aux, val_label, hypergradient):
+    def summarize(train, train_batch, w_gradient, val_value, val_aux, val_batch, hypergradient):
         return Metrics(
             train.value,
-            accuracy(train.aux.logits, train_label),
+            task.accuracy(train.aux, train_batch),
             val_value,
-            accuracy(val_aux.logits, val_label),
+            task.accuracy(val_aux, val_batch),
             optax.tree.norm(w_gradient),
             optax.tree.norm(hypergradient),
         )
 
     def step(state, train_batch, val_batch):
-        train_inputs = Inputs(train_batch, state.batch_stats)
-        val_inputs = Inputs(val_batch, state.batch_stats)
+        train_inputs = task.train_inputs(state.carry, train_batch)
+        val_inputs = task.val_inputs(state.carry, val_batch)
         hyper = estimate(state.alpha, state.w, state.w_opt_state, train_inputs, val_inputs)
         alpha, alpha_opt_state = alpha_step(hyper.gradient, state.alpha_opt_state, state.alpha)
         train, (gradient, _) = differentiate(state.w, alpha, train_inputs)
         metrics = summarize(
-            train,
-            train_batch.label,
-            gradient,
-            hyper.value,
-            hyper.aux,
-            val_batch.label,
-            hyper.gradient,
+            train, train_batch, gradient, hyper.value, hyper.aux, val_batch, hyper.gradient
         )
         count, w, w_opt_state = w_step(gradient, state.step, state.w_opt_state, state.w)
-        state = SearchState(
-            count, state.key, w, alpha, train.aux.batch_stats, w_opt_state, alpha_opt_state
-        )
-        return state, metrics
+        carry = task.next_carry(train.aux, hyper.aux)
+        return SearchState(count, state.key, w, alpha, carry, w_opt_state, alpha_opt_state), metrics
 
     return step
 
@@ -216,7 +262,7 @@ def make_evaluate(
     """
 
     def evaluate(state, batch, mask):
-        variables = {"params": state.w, "batch_stats": state.batch_stats}
+        variables = {"params": state.w, "batch_stats": state.carry}
         logits = network.apply(variables, batch.image, relax(state.alpha), train=False)
         losses = cross_entropy(logits, batch.label)
         correct = logits.argmax(-1) == batch.label

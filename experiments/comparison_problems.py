@@ -296,7 +296,7 @@ def full_batch(
             key=jax.random.key(seed),
             w=w,
             alpha=alpha,
-            batch_stats=None,
+            carry=None,
             w_opt_state=w_optimizer.init(w),
             alpha_opt_state=alpha_optimizer.init(alpha),
         )
@@ -337,7 +337,7 @@ def cnn(config: CnnConfig) -> Problem:
     def batches(seed: int, state: search.SearchState, step: int):
         epoch, index = divmod(step, steps_per_epoch)
         pair = augmented(state, job(seed).data, job(seed).train_batches(epoch)[index])
-        return tuple(search.Inputs(batch, state.batch_stats) for batch in pair)
+        return tuple(search.Inputs(batch, state.carry) for batch in pair)
 
     def evaluate(state: search.SearchState) -> float:
         one = job(0)  # the images that validate are the same for every seed

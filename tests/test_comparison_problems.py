@@ -111,7 +111,7 @@ def test_search_of_cells_is_that_of_search_cnn(tiny):
     for batch in job.train_batches(0):
         state, _ = job.train_step(state, job.data, batch)
     assert int(state.step) == int(found.step) == 4
-    for name in ("alpha", "w", "batch_stats", "w_opt_state"):
+    for name in ("alpha", "w", "carry", "w_opt_state"):
         a, b = getattr(found, name), getattr(state, name)
         assert jax.tree.structure(a) == jax.tree.structure(b)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), a, b)

@@ -214,7 +214,7 @@ def test_trajectory(recorded, problem, kind):
         key=jax.random.key(0),
         w=problem["w"],
         alpha=problem["alpha"],
-        batch_stats=problem["batch_stats"],
+        carry=problem["batch_stats"],
         w_opt_state=with_momentum(w_optimizer, problem),
         alpha_opt_state=alpha_optimizer.init(problem["alpha"]),
     )
@@ -327,10 +327,10 @@ def test_a_search_whose_operations_have_no_parameters(normalized, estimator):
     assert not jax.tree.leaves(state.w["cell_1"].get("edges"))
     step = search.make_step(network, lambda p: estimator(p, optimizer), optimizer, optimizer)
     batch = search.Batch(jax.random.normal(jax.random.key(1), (4, 8, 8, 1)), jnp.arange(4))
-    before = state.batch_stats["cell_1"]["edges"].mean
+    before = state.carry["cell_1"]["edges"].mean
     state, metrics = step(state, batch, batch)
     assert all(jnp.isfinite(metric) for metric in metrics)
-    after = state.batch_stats["cell_1"]["edges"].mean
+    after = state.carry["cell_1"]["edges"].mean
     assert before.shape == after.shape == ((2, 4) if normalized else (0, 4))
     assert metrics.hypergradient_norm < 1e-12  # one candidate has all the weight
     loss, correct = search.make_evaluate(network)(state, batch, jnp.ones(4, bool))

@@ -154,14 +154,14 @@ def test_init(run):
         assert alpha.shape == (2, 8) and alpha.dtype == jnp.float32
         assert 0.5e-3 < alpha.std() < 2e-3 and jnp.abs(alpha.mean()) < 0.5e-3
     assert differs(state.alpha["normal"], state.alpha["reduce"])
-    floats = jax.tree.leaves((state.w, state.batch_stats))
+    floats = jax.tree.leaves((state.w, state.carry))
     assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
     assert state.w["stem"].shape == (3, 3, 1, 6)
     assert state.w["head_kernel"].shape == (8, 10)  # two reductions of 2 channels, 4 nodes
     assert set(state.w) == {"stem", "stem_norm", "head_kernel", "head_bias"} | {
         f"cell_{i}" for i in range(3)
     }
-    for leaf in jax.tree.leaves(state.batch_stats):
+    for leaf in jax.tree.leaves(state.carry):
         assert (leaf == 0).all() or (leaf == 1).all()
     momentum = optax.tree.get(state.w_opt_state, "trace")
     assert jax.tree.structure(momentum) == jax.tree.structure(state.w)
@@ -194,19 +194,19 @@ def test_alpha_moves_and_stays_finite(run):
 def test_one_step_is_alpha_then_weights(run):
     """Alpha by the validation gradient; then w, and the running statistics, at the new alpha."""
     before, after, metrics = run.states[1], run.states[2], run.metrics[1]
-    val, (_, hypergradient_) = differentiate(before.w, before.alpha, VAL, before.batch_stats)
+    val, (_, hypergradient_) = differentiate(before.w, before.alpha, VAL, before.carry)
     updates, _ = ALPHA_OPTIMIZER.update(hypergradient_, before.alpha_opt_state, before.alpha)
     alpha = optax.apply_updates(before.alpha, updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after.alpha, alpha)
 
-    train, (gradient, _) = differentiate(before.w, after.alpha, TRAIN, before.batch_stats)
-    assert_same_bits(after.batch_stats, train.aux.batch_stats)
+    train, (gradient, _) = differentiate(before.w, after.alpha, TRAIN, before.carry)
+    assert_same_bits(after.carry, train.aux.batch_stats)
     updates, _ = W_OPTIMIZER.update(gradient, before.w_opt_state, before.w)
     w = optax.apply_updates(before.w, updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), after.w, w)
     # The old alpha would have shown: in the statistics and in the loss.
-    stale, _ = differentiate(before.w, before.alpha, TRAIN, before.batch_stats)
-    assert differs(stale.aux.batch_stats, after.batch_stats)
+    stale, _ = differentiate(before.w, before.alpha, TRAIN, before.carry)
+    assert differs(stale.aux.batch_stats, after.carry)
     assert stale.value != train.value
 
     expected = search.Metrics(
@@ -227,7 +227,7 @@ def test_lowers_the_training_loss(run):
 
 def test_loss_is_the_mean_cross_entropy(run):
     state = run.states[0]
-    found, _ = differentiate(state.w, state.alpha, TRAIN, state.batch_stats)
+    found, _ = differentiate(state.w, state.alpha, TRAIN, state.carry)
     logits = np.asarray(found.aux.logits, np.float64)
     log_normalizers = np.log(np.exp(logits).sum(-1))
     expected = (log_normalizers - logits[np.arange(4), TRAIN.label]).mean()
@@ -265,7 +265,7 @@ def test_evaluate_uses_running_statistics(run, evaluate):
     ]  # each image in a batch of its copies: by the batch's moments, all would be different
     np.testing.assert_allclose(loss, sum(losses for losses, _ in alone) / 4, rtol=1e-5)
     assert correct == sum(hits for _, hits in alone) / 4
-    other, _ = evaluate(state._replace(batch_stats=run.states[0].batch_stats), TRAIN, mask)
+    other, _ = evaluate(state._replace(carry=run.states[0].carry), TRAIN, mask)
     assert abs(other - loss) > 1e-3
 
 
@@ -307,5 +307,5 @@ def test_unrolled_step(run, step):
     assert exact.step == first.step
     assert differs(exact.alpha, first.alpha)
     assert metrics.hypergradient_norm != first_metrics.hypergradient_norm
-    train, _ = differentiate(state.w, exact.alpha, TRAIN, state.batch_stats)
-    assert_same_bits(exact.batch_stats, train.aux.batch_stats)
+    train, _ = differentiate(state.w, exact.alpha, TRAIN, state.carry)
+    assert_same_bits(exact.carry, train.aux.batch_stats)
