@@ -41,6 +41,10 @@ HUES = {
     "sep_conv": "#D55E00",
     "dil_conv": "#009E73",
     "conv": "#E69F00",
+    "tanh": "#0072B2",
+    "relu": "#D55E00",
+    "sigmoid": "#009E73",
+    "identity": "#CC79A7",
 }
 
 # Sizes in inches.

@@ -202,11 +202,13 @@ def require_finite(step: int, tree: Any) -> None:
 
 
 def _format(values: Mapping[str, Any]) -> str:
-    """Losses and accuracies as a person reads them."""
+    """Losses, accuracies and perplexities as a person reads them."""
     parts = []
     for name, value in values.items():
         if name.endswith("accuracy"):
             parts.append(f"{name.replace('_', ' ')} {value:.1%}")
+        elif name.endswith("perplexity"):
+            parts.append(f"{name.replace('_', ' ')} {value:.1f}")
         elif name.endswith("loss"):
             parts.append(f"{name.replace('_', ' ')} {value:.3f}")
     return ", ".join(parts)
