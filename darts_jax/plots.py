@@ -50,6 +50,7 @@ HUES = {
 # Sizes in inches.
 MARGIN = 0.12
 TITLE_HEIGHT = 0.3
+LEGEND_WIDTH = 1.1  # of an operation in the legend of trajectories
 
 
 def draw_genotype(
@@ -370,7 +371,8 @@ def _draw_trajectories(
     for panel in panels:
         panel.set_ylim(limits[:, 0].min(), limits[:, 1].max())
     handles, labels = panels[0].get_legend_handles_labels()
-    style = {"ncols": len(labels), "frameon": False, "fontsize": 7.5, "labelcolor": INK}
+    columns = min(len(labels), max(1, int(figure.get_figwidth() / LEGEND_WIDTH)))
+    style = {"ncols": columns, "frameon": False, "fontsize": 7.5, "labelcolor": INK}
     figure.legend(handles, labels, loc="outside lower center", **style)
     return figure
 

@@ -88,9 +88,9 @@ class Config:
 
 PYDOC = Config(
     TextConfig("pydoc"),
-    ModelConfig(size=64),
-    DropoutConfig(output=0.2),
-    SearchConfig(epochs=8, batch_size=32, w=TextOptimizerConfig(learning_rate=10.0)),
+    ModelConfig(size=32),
+    DropoutConfig(output=0.1),
+    SearchConfig(epochs=6, batch_size=32),
 )
 # "paper:" is section 3.1.2 and appendix A.1.2 of arXiv 1806.09055v2, "code:" rnn/train_search.py of
 # quark0/darts where the paper is silent or differs.
