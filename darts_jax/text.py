@@ -92,7 +92,7 @@ def make_vocabulary(words: Iterable[str], min_count: int = 1) -> tuple[str, ...]
     """The words that occur often enough, most frequent first, with `<unk>` and `<eos>`."""
     counts = Counter(words)
     for mark in (UNKNOWN, END):
-        counts[mark] += min_count
+        counts[mark] = max(counts[mark], min_count)
     kept = [word for word, count in counts.items() if count >= min_count]
     return tuple(sorted(kept, key=lambda word: (-counts[word], word)))
 

@@ -8,7 +8,6 @@ The workdir then holds the cells, the trained networks (see `darts_jax.predictio
 them as a file that runs on its own, and what `experiments.runner` writes. The same command resumes.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -39,10 +38,10 @@ from experiments.config import (
 from experiments.images import make_augment, plain_batch
 from experiments.memory import peak_memory
 from experiments.metrics import Display
+from experiments.sources import newest_search, saved_genotype
 
 MODULE = "experiments.evaluate_cnn"
 DEFAULT_GENOTYPE = "DARTS_V2"  # where nothing has been searched yet
-SEARCHES = "search_cnn-*/genotype.json"  # in runs/
 EXPORTED = "model.export"  # file of a workdir
 
 
@@ -385,25 +384,13 @@ def resolve_genotype(config: Config, workdir: Path) -> Config:
     """
     name = config.genotype
     if name is None:
-        name = _saved_genotype(workdir) or _newest_search() or DEFAULT_GENOTYPE
+        name = saved_genotype(workdir) or newest_search("search_cnn") or DEFAULT_GENOTYPE
     return with_cells(config, name)
 
 
 def with_cells(config: Config, source: str) -> Config:
     """The config with the cells of a file, or published ones."""
     return replace(config, genotype=source, cells=genotype.load(source))
-
-
-def _saved_genotype(workdir: Path) -> str | None:
-    try:
-        return json.loads((workdir / "config.json").read_text())["genotype"]
-    except (OSError, ValueError, KeyError, TypeError):  # `check_workdir` tells what is wrong
-        return None
-
-
-def _newest_search() -> str | None:
-    found = sorted(Path("runs").glob(SEARCHES), key=lambda path: path.stat().st_mtime)
-    return str(found[-1]) if found else None
 
 
 def run(argv: Sequence[str]) -> None:

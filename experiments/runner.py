@@ -46,6 +46,7 @@ class Job(NamedTuple):
       epochs: how many to run.
       steps_per_epoch: training steps in each of them.
       end_epoch: called with the state after each epoch; returns what to record besides metrics.
+      next_epoch: (state, the lines of kind "epoch" so far) -> state to go on with.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Job(NamedTuple):
     epochs: int
     steps_per_epoch: int
     end_epoch: Callable[[PyTree], dict[str, Any]]
+    next_epoch: Callable[[PyTree, Sequence[dict[str, Any]]], PyTree] = lambda state, lines: state
 
 
 class Result(NamedTuple):
@@ -180,6 +182,7 @@ def run(job: Job, config: Any, workdir: Path, log_every: int, display: Display) 
                     require_finite(step, values)
                     other = {"seconds": time.monotonic() - start, **job.end_epoch(state)}
                     display.epoch(log.write("epoch", step, epoch + 1, values, **other))
+                    state = job.next_epoch(state, log.epochs)
                     seconds = 0.0
                 saved = _Saved(state, log.sync(), seconds)
                 checkpoint.save(workdir / CHECKPOINTS, step, saved)

@@ -394,7 +394,9 @@ def run(argv: Sequence[str]) -> None:
         with display.phase("drawing"), runner.writing(workdir):
             text.save_vocabulary(corpus.vocabulary, workdir / "vocabulary.json")
             found = draw(result.epochs, workdir)
-    command = command_line.next_command(MODULE, argv, config.seed + 1)
+    command = command_line.command(
+        "experiments.evaluate_rnn", [preset, "--genotype", f"{workdir}/genotype.json"]
+    )
     display.console.print(summary(found, result, corpus, workdir, command))
 
 

@@ -1,0 +1,19 @@
+"""Where an evaluation finds its cells when none are named."""
+
+import json
+from pathlib import Path
+
+
+def saved_genotype(workdir: Path) -> str | None:
+    """The genotype that the run in a folder was given, if there is one."""
+    try:
+        return json.loads((workdir / "config.json").read_text())["genotype"]
+    except (OSError, ValueError, KeyError, TypeError):  # `check_workdir` tells what is wrong
+        return None
+
+
+def newest_search(experiment: str) -> str | None:
+    """The file of cells that an experiment wrote last, in the folders it has by default."""
+    files = Path("runs").glob(f"{experiment}-*/genotype.json")
+    found = sorted(files, key=lambda path: path.stat().st_mtime)
+    return str(found[-1]) if found else None
