@@ -8,28 +8,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from darts_jax.evaluation import EvaluationNetwork as EvaluationNetwork
     from darts_jax.genotype import Genotype as Genotype
+    from darts_jax.genotype import RecurrentGenotype as RecurrentGenotype
     from darts_jax.hypergradient import Bilevel as Bilevel
     from darts_jax.hypergradient import Estimate as Estimate
     from darts_jax.networks import Supernet as Supernet
     from darts_jax.operations import OPERATIONS as OPERATIONS
     from darts_jax.operations import Operation as Operation
+    from darts_jax.prediction import load as load
     from darts_jax.search import Batch as Batch
     from darts_jax.search import SearchState as SearchState
 
 _MODULES = (
     "augment",
+    "averaging",
     "cells",
     "checkpoint",
     "convolution",
     "data",
+    "discrete",
+    "evaluation",
     "genotype",
     "hypergradient",
+    "language_model",
     "networks",
     "operations",
     "plots",
+    "prediction",
+    "recurrent",
     "relaxation",
     "search",
+    "text",
+    "training",
 )
 # The main names, and where they are.
 _NAMES = {
@@ -37,10 +48,13 @@ _NAMES = {
     "Batch": "search",
     "Bilevel": "hypergradient",
     "Estimate": "hypergradient",
+    "EvaluationNetwork": "evaluation",
     "Genotype": "genotype",
     "Operation": "operations",
+    "RecurrentGenotype": "genotype",
     "SearchState": "search",
     "Supernet": "networks",
+    "load": "prediction",
 }
 
 __all__ = [*_NAMES, *_MODULES]
