@@ -12,6 +12,11 @@ import pytest
 
 # A second device, for what is sharded; nothing else sees it.
 jax.config.update("jax_num_cpu_devices", 2)
+# What is compiled once is read by later tests and runs, and not from the user's own cache.
+if not jax.config.jax_compilation_cache_dir:
+    jax.config.update(
+        "jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
+    )
 
 ORACLE = Path(__file__).parent / "oracle"
 
@@ -33,6 +38,14 @@ def _unpack(archive: dict[str, Any], pack: str) -> dict[str, np.ndarray]:
         str(name): leaf.reshape(shape)
         for name, leaf, shape in zip(archive[f"{pack}_names"], flat, shapes, strict=True)
     }
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Compile in half the time, to code that is slower: the same numbers, but for rounding."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -98,14 +98,6 @@ def test_new_estimator(extending, x64):
     assert np.abs(found.implicit).min() > 0.1
 
 
-@pytest.fixture
-def quick_compilation():
-    """Compile in half the time, to code that is slower."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_the_readme_example_is_short():
     (block,) = python_blocks(ROOT / "README.md")
     assert len(block.splitlines()) <= 20

@@ -245,7 +245,7 @@ def test_genotype_file_that_does_not_fit(cells, capsys):
 
 
 def test_workdir_of_other_cells(cells, capsys):
-    arguments = ["smoke", "--workdir", "run", "--train.epochs", "1"]
+    arguments = ["smoke", "--workdir", "run"]
     assert evaluate_cnn.main([*arguments, "--genotype", cells]) == 0
     genotype.save(genotype.PUBLISHED["NASNet"], "cells.json")  # the same name, other cells
     assert evaluate_cnn.main([*arguments, "--genotype", cells]) == 2

@@ -13,7 +13,9 @@ from jax.flatten_util import ravel_pytree
 from darts_jax import discrete, evaluation, search
 from darts_jax.evaluation import EvaluationNetwork
 from darts_jax.genotype import PUBLISHED, Genotype
-from darts_jax.operations import DISCRETE_OPERATIONS
+from darts_jax.operations import DISCRETE_OPERATIONS, Moments, update_running
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 RTOL = 1e-9
 SMALL = Genotype(
@@ -215,20 +217,47 @@ def run(network, variables, images, **options):
 
 
 @pytest.mark.usefixtures("x64")
-def test_cells_of_one_shape_in_a_loop_are_those_one_after_the_other(monkeypatch):
-    network, variables, images = build(layers=12)
-    assert max(length for _, length in evaluation.runs(network)) == 2
+@pytest.mark.parametrize("train", [True, False])
+def test_cells_in_a_row_are_those_one_after_the_other(train):
+    cell = discrete.Cell(SMALL.normal, SMALL.normal_concat, 4, (4, 4), False, False)
+    row = evaluation.Cells(cell, 3, DISCRETE_OPERATIONS, remat=False)
+    older, newer = jax.random.normal(jax.random.key(0), (2, 3, 8, 8, 4))
+    keep = jax.random.uniform(jax.random.key(1), (3, 2, 3))
+    variables = row.init(jax.random.key(2), older, newer, True, None)
+    flat, unravel = ravel_pytree(variables)
+    variables = unravel(flat + jax.random.uniform(jax.random.key(3), flat.shape) / 2)
 
-    def unrolled(body, carry, xs):
-        outputs = []
-        for i in range(len(jax.tree.leaves(xs)[0])):
-            carry, output = body(carry, jax.tree.map(lambda x, i=i: x[i], xs))
-            outputs.append(output)
-        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+    @jax.jit
+    def in_a_row():
+        return row.apply(variables, older, newer, train, keep, mutable=["batch_stats"])
 
-    looped = run(network, variables, images)
-    monkeypatch.setattr(evaluation.lax, "scan", unrolled)
-    jax.tree.map(lambda a, e: close(a, e, 1e-11), looped, run(network, variables, images))
+    @jax.jit
+    def one_after_the_other():
+        inputs, after = (older, newer), []
+        for i in range(3):
+            own = jax.tree.map(lambda x, i=i: x[i], variables)
+            stats = own["batch_stats"]["moments"]
+            output, batch = discrete.discrete(
+                own["params"]["kernels"],
+                own["params"]["affine"],
+                None if train else stats,
+                inputs,
+                cell,
+                DISCRETE_OPERATIONS,
+                keep[i],
+            )
+            inputs = inputs[1], output
+            after.append(update_running(stats, batch) if train else stats)
+        stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *after)
+        return inputs, {"batch_stats": {"moments": stats}}
+
+    jax.tree.map(lambda a, e: close(a, e, 1e-11), in_a_row(), one_after_the_other())
+
+
+def test_rows_of_cells():
+    """Reductions, and what has other inputs, stand alone."""
+    lengths = [length for _, length in evaluation.runs(build(20, jnp.float32)[0])]
+    assert lengths == [1, 1, 4, 1, 1, 5, 1, 1, 5]
 
 
 @pytest.mark.usefixtures("x64")
@@ -271,11 +300,18 @@ def test_drop_path_draws_anew_for_each_cell_edge_and_sample():
     images = jnp.tile(images, (10, 1, 1, 1))
     seen = []
 
-    def record(*args):
-        seen.append(args[-1])
-        return original(*args)
+    def record(kernels, affine, running, inputs, cell, operations, keep):
+        seen.append(keep)
+        count, height, width, _ = inputs[1].shape
+        stride, channels = 2 if cell.reduction else 1, cell.channels * len(cell.concat)
+        output = jnp.zeros((count, height // stride, width // stride, channels))
+        moments = jax.tree.map(
+            lambda leaf: Moments(leaf["scale"], leaf["bias"]),
+            affine,
+            is_leaf=lambda leaf: "scale" in leaf,
+        )
+        return output, moments
 
-    original = discrete.discrete
     with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
         patch.setattr(discrete, "discrete", record)
         rngs = {"drop_path": jax.random.key(0)}

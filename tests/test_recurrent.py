@@ -14,7 +14,7 @@ from darts_jax.language_model import Batch, Dropout, Inputs
 from darts_jax.operations import Moments
 from darts_jax.recurrent import ACTIVATIONS, Masks
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "x64")
 
 RTOL = 1e-9
 NODES = 8
@@ -324,32 +324,39 @@ def test_is_the_discrete_cell_with_one_hot_weights():
 
 
 @pytest.mark.parametrize("kind", ["relaxed", "discrete"])
-def test_padding_changes_nothing(recorded, params, inputs, kind):
-    given = inputs("train")
-    batch = given.batch
-    longer = Batch(
-        np.concatenate([batch.tokens, np.full((4, 3), 9)]),
-        np.concatenate([batch.targets, np.full((4, 3), 7)]),
-        np.arange(11) < 7,
-        batch.key,
+def test_padding_changes_nothing(kind):
+    rng = np.random.default_rng(0)
+    cell = RecurrentGenotype((("tanh", 0), ("sigmoid", 1)), (1, 2))
+    params = jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape)),
+        language_model.shapes(10, 4, 2),
+        is_leaf=lambda x: isinstance(x, tuple),
     )
+    alpha, hidden = jnp.asarray(rng.normal(size=(3, 5))), jnp.asarray(rng.normal(size=(3, 4)))
+    tokens, targets = rng.integers(0, 10, (2, 11, 3))
     options = {"dropout": Dropout(0.1, 0.2, 0.3, 0.4, 0.5), "slowness_weight": 0.01}
+    running = None
+    loss = language_model.make_discrete_loss(cell, **options)
     if kind == "relaxed":
-        loss = functools.partial(
-            lambda make, w, given: make(w, recorded["search/alpha"], given),
-            language_model.make_loss(**options),
+        running, relaxed_loss = recurrent.running_statistics(4), language_model.make_loss(**options)
+
+        def loss(params, inputs):
+            return relaxed_loss(params, alpha, inputs)
+
+    def run(length, valid):
+        batch = Batch(
+            tokens[:length], targets[:length], np.arange(length) < valid, jax.random.key(0)
         )
-    else:
-        loss = language_model.make_discrete_loss(PUBLISHED_RECURRENT["DARTS_V1"], **options)
-    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (expected, aux), gradient = run(params, given)
-    (value, padded), padded_gradient = run(params, given._replace(batch=longer))
+        differentiate = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        return differentiate(params, Inputs(batch, hidden, running))
+
+    (expected, aux), gradient = run(7, 7)
+    (value, padded), padded_gradient = run(11, 7)
     close(value, expected, 1e-12)
     close(padded.cross_entropy, aux.cross_entropy, 1e-12)
     close(padded.hidden, aux.hidden, 1e-12)
     close(padded.logits[:7], aux.logits, 1e-12)
-    if kind == "relaxed":
-        jax.tree.map(functools.partial(close, rtol=1e-12), padded.running, aux.running)
+    jax.tree.map(functools.partial(close, rtol=1e-12), padded.running, aux.running)
     jax.tree.map(functools.partial(close, rtol=1e-11), padded_gradient, gradient)
 
 
