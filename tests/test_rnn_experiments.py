@@ -143,7 +143,7 @@ def test_batches_of_a_search_follow_both_texts(corpus, monkeypatch):
         np.testing.assert_array_equal(val.tokens, val_rows[first : first + 35])
         assert before.carry.train_hidden.min() == before.carry.val_hidden.max() == i % 7
         rate = before.w_opt_state.hyperparams["learning_rate"]
-        np.testing.assert_allclose(rate, 20 * length / 35, rtol=1e-6)
+        np.testing.assert_allclose(rate, 5 * length / 35, rtol=1e-6)
         keys |= {bytes(jax.random.key_data(b.key)) for b in (train, val)}
     assert len(keys) == 2 * len(seen)  # dropout is drawn anew for every batch
 
