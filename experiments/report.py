@@ -119,6 +119,7 @@ def _curves(epochs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     axes.set_xlabel("epoch")
     axes.set_ylabel("test error, %")
     axes.set_yscale("log")
+    axes.locator_params(axis="x", integer=True)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
