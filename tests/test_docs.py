@@ -15,7 +15,7 @@ import pytest
 import darts_jax
 from darts_jax import cells, genotype, operations, search
 from darts_jax.hypergradient import Bilevel
-from experiments import search_cnn
+from experiments import evaluate_cnn, search_cnn
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -136,17 +136,24 @@ def test_presets():
     assert set(re.findall(r"^\| `(\w+)`", (ROOT / "README.md").read_text(), re.MULTILINE)) >= set(
         search_cnn.PRESETS
     )
-    row = re.compile(r"^\| `(\w+)` \|.*\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", re.MULTILINE)
-    written = row.findall((ROOT / "docs" / "experiments.md").read_text())
-    assert {name: tuple(map(int, values)) for name, *values in written} == {
-        name: (
-            config.network.channels,
-            config.network.layers,
-            config.search.batch_size,
-            config.search.epochs,
-        )
-        for name, (_, config) in search_cnn.PRESETS.items()
-    }
+    for experiment, sizes in ((search_cnn, "search"), (evaluate_cnn, "train")):
+        assert written_presets(experiment) == {
+            name: (
+                config.network.channels,
+                config.network.layers,
+                getattr(config, sizes).batch_size,
+                getattr(config, sizes).epochs,
+            )
+            for name, (_, config) in experiment.PRESETS.items()
+        }
+
+
+def written_presets(experiment) -> dict[str, tuple[int, ...]]:
+    """The numbers of the table in an experiment's section, by preset."""
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    _, section = page.split(f"## {experiment.MODULE.removeprefix('experiments.')}\n")
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*((?:\| \d+ )+)\|$", section.split("\n## ")[0], re.M)
+    return {name: tuple(map(int, re.findall(r"\d+", numbers))) for name, numbers in rows}
 
 
 def test_import_is_light():

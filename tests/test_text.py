@@ -29,9 +29,9 @@ def pydoc():
 
 def test_embedded_text_is_english_of_some_length(pydoc):
     sizes = [len(getattr(pydoc, split)) for split in text.SPLITS]
-    assert 80_000 < sum(sizes) < 150_000
+    assert 75_000 < sum(sizes) < 120_000
     np.testing.assert_allclose(np.array(sizes) / sum(sizes), [0.8, 0.1, 0.1], atol=0.02)
-    assert 1_500 < len(pydoc.vocabulary) < 2_500
+    assert 1_500 < len(pydoc.vocabulary) < 2_000
     unknown = pydoc.vocabulary.index(UNKNOWN)
     for split, most in (("train", 0.04), ("valid", 0.1), ("test", 0.1)):
         words = getattr(pydoc, split)
@@ -40,6 +40,11 @@ def test_embedded_text_is_english_of_some_length(pydoc):
         assert (words == unknown).mean() < most
         assert 3 < pydoc.characters[split] / len(words) < 6
     assert "the" in pydoc.vocabulary[:20]
+    train, *others = (text.decode(getattr(pydoc, split), pydoc.vocabulary) for split in text.SPLITS)
+    known = set(train.splitlines())
+    for lines in map(str.splitlines, others):  # few paragraphs of twelve words or more
+        long = [line for line in lines if len(line.split()) >= 12]
+        assert len(long) > 50 and np.mean([line in known for line in long]) < 0.02
     again = text.load("pydoc")
     assert again.vocabulary == pydoc.vocabulary
     np.testing.assert_array_equal(again.train, pydoc.train)
