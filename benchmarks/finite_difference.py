@@ -25,8 +25,8 @@ from rich.table import Table
 from darts_jax import networks, operations
 from darts_jax.genotype import CNN_PRIMITIVES
 from experiments import command_line, comparison, search_cnn
+from experiments.comparison_cells import CnnConfig, cnn
 from experiments.comparison_estimators import EXACT, Settings, methods
-from experiments.comparison_problems import CnnConfig, cnn
 
 EVERY = 10  # steps
 SETTINGS = Settings(small_radius=1e-5)

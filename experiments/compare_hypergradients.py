@@ -22,7 +22,6 @@ import jax
 import numpy as np
 import tyro
 
-from darts_jax import genotype
 from darts_jax.search import SearchState
 from experiments import command_line, comparison, comparison_report, runner, search_cnn
 from experiments.comparison import Compiled, Line, Point
@@ -30,14 +29,15 @@ from experiments.comparison_estimators import EXACT, Method, Settings, methods
 from experiments.comparison_problems import (
     CleaningConfig,
     CnnConfig,
-    Problem,
     ProblemConfig,
     RidgeConfig,
+    RnnConfig,
     ToyConfig,
     check_problem,
     make,
 )
 from experiments.metrics import Display, NonFinite
+from experiments.problem import Problem
 from experiments.stages import Program
 
 MODULE = "experiments.compare_hypergradients"
@@ -84,6 +84,10 @@ SMOKE_CNN = CnnConfig(
 )
 PRESETS = {
     "digits_cnn": ("cells on 8x8 handwritten digits, minutes on two cores", CNN),
+    "text_rnn": (
+        "a recurrent cell on the help texts of Python, minutes on two cores",
+        Config(RnnConfig(), ALL[:-1], Settings(small_radius=1e-4), every=20),
+    ),
     "toy": (
         "two numbers, with a closed form: seconds",
         Config(ToyConfig(), (*ALL, "unrolled_5"), FULL_BATCH, num_seeds=3),
@@ -210,7 +214,7 @@ def _searches(shared: Comparison, first: list[Line]) -> list[Line]:
             for name in shared.programs:
                 start = time.monotonic()
                 found = exact if name == EXACT else _search(shared, name, seed)
-                lines += [found[0] | _distance(found[0], exact[0]), *found[1:]]
+                lines += [found[0] | _distance(shared.problem, found[0], exact[0]), *found[1:]]
                 shared.display.detail(name, time.monotonic() - start)
     return lines
 
@@ -243,16 +247,17 @@ def _search(
             raise
         return [line | {"val_loss": None, "diverged": str(error)}, *alphas]
     if problem.cells:
-        line["genotype"] = genotype.derive(jax.device_get(state.alpha))._asdict()
+        line["genotype"] = problem.cells.derive(jax.device_get(state.alpha))._asdict()
     return [line, *alphas]
 
 
-def _distance(line: Line, exact: Line) -> Line:
+def _distance(problem: Problem, line: Line, exact: Line) -> Line:
     """How far the cells of a search are from those of the exact one, if both have any."""
     if "genotype" not in line:
         return {}
-    one, other = (genotype.Genotype(**each["genotype"]) for each in (line, exact))
-    return comparison.genotype_distance(one, other)
+    kind = problem.cells.kind
+    one, other = (kind.type(**each["genotype"]) for each in (line, exact))
+    return comparison.genotype_distance(one, other, kind)
 
 
 def run(argv: Sequence[str]) -> None:

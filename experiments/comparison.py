@@ -12,8 +12,8 @@ import optax
 from darts_jax import genotype, hypergradient, search
 from darts_jax.hypergradient import Estimate, Estimator, value_and_grad
 from experiments.comparison_estimators import EXACT, Method
-from experiments.comparison_problems import Problem
 from experiments.metrics import NonFinite
+from experiments.problem import Problem
 from experiments.stages import Program, Say, Stage, compile_stages
 
 PyTree = Any
@@ -52,15 +52,15 @@ def sign_agreement(estimate: PyTree, exact: PyTree) -> float:
     return float((np.sign(flatten(estimate)) == np.sign(flatten(exact))).mean())
 
 
-def top_operations(alpha: Mapping[str, Any]) -> np.ndarray:
-    """The operation, other than none, that each edge of both cells puts first: int [edges]."""
-    none = genotype.CNN_PRIMITIVES.index("none")
+def top_operations(alpha: PyTree, primitives: Sequence[str]) -> np.ndarray:
+    """The operation, other than none, that each edge of all cells puts first: int [edges]."""
+    none = primitives.index("none")
     return np.concatenate(
-        [np.delete(np.asarray(alpha[cell]), none, 1).argmax(1) for cell in sorted(alpha)]
+        [np.delete(np.asarray(rows), none, 1).argmax(1) for rows in jax.tree.leaves(alpha)]
     )
 
 
-def genotype_distance(one: genotype.Genotype, other: genotype.Genotype) -> Line:
+def genotype_distance(one: PyTree, other: PyTree, kind: genotype.Kind) -> Line:
     """Shares, in [0, 1], of what two genotypes of one size do not have in common.
 
     Returns:
@@ -68,11 +68,10 @@ def genotype_distance(one: genotype.Genotype, other: genotype.Genotype) -> Line:
       operations_differ: of the kept edges with their operation.
     """
 
-    def kept(found: genotype.Genotype, with_operation: bool) -> set[tuple]:
-        per_node = genotype.CNN_EDGES_PER_NODE
+    def kept(found: PyTree, with_operation: bool) -> set[tuple]:
         return {
-            (cell, index // per_node, source, operation if with_operation else None)
-            for cell in ("normal", "reduce")
+            (cell, index // kind.edges_per_node, source, operation if with_operation else None)
+            for cell, _ in kind.cells
             for index, (operation, source) in enumerate(getattr(found, cell))
         }
 
@@ -113,7 +112,7 @@ def prefixed(prefix: str, say: Say) -> Say:
 def start(problem: Problem, seed: int) -> Point:
     """Where the search of a seed starts."""
     state = problem.init(seed)
-    return point_of(state, *problem.batches(seed, state, 0))
+    return point_of(*problem.prepare(seed, state, 0))
 
 
 def point_of(state: search.SearchState, train_batch: PyTree, val_batch: PyTree) -> Point:
@@ -142,15 +141,15 @@ def run_search(
       NonFinite: by a loss that is not finite.
     """
     state = problem.init(seed)
-    train_batch, _ = problem.batches(seed, state, 0)
-    example = state, state.alpha, train_batch
-    advance = compile_stages(_make_advance(problem), example, compiled)
+    advance = None
     for step in range(problem.num_steps):
-        point = point_of(state, *problem.batches(seed, state, step))
+        state, *inputs = problem.prepare(seed, state, step)
+        point = point_of(state, *inputs)
         observe(step, state, point)
         estimate = program.call(*point)
-        train_batch = point[3]
-        state, loss = advance.call(state, estimate.gradient, train_batch)
+        arguments = state, estimate, inputs[0]
+        advance = advance or compile_stages(_make_advance(problem), arguments, compiled)
+        state, loss = advance.call(*arguments)
         if not np.isfinite(loss):
             raise NonFinite(
                 f"step {step + 1} of seed {seed}: the training loss is {loss}; lower the learning"
@@ -162,10 +161,9 @@ def run_search(
 
 def _make_advance(
     problem: Problem,
-) -> Callable[[search.SearchState, PyTree, PyTree], tuple[search.SearchState, jax.Array]]:
-    """`advance(state, hypergradient, train_batch) -> (next state, training loss)`."""
-    has_aux = problem.bilevel.has_aux
-    differentiate = value_and_grad(problem.bilevel.train_loss, has_aux)
+) -> Callable[[search.SearchState, Estimate, PyTree], tuple[search.SearchState, jax.Array]]:
+    """`advance(state, hypergradient, train_inputs) -> (next state, training loss)`."""
+    differentiate = value_and_grad(problem.bilevel.train_loss, problem.bilevel.has_aux)
 
     @jax.jit
     def step_alpha(gradient, opt_state, alpha):
@@ -175,13 +173,13 @@ def _make_advance(
     def step_w(gradient, opt_state, w):
         return _step(problem.w_optimizer, gradient, opt_state, w)
 
-    def advance(state, hypergradient, train_batch):
-        alpha, alpha_opt_state = step_alpha(hypergradient, state.alpha_opt_state, state.alpha)
-        train, (gradient, _) = differentiate(state.w, alpha, train_batch)
+    def advance(state, estimate, train_inputs):
+        alpha, alpha_opt_state = step_alpha(estimate.gradient, state.alpha_opt_state, state.alpha)
+        train, (gradient, _) = differentiate(state.w, alpha, train_inputs)
         w, w_opt_state = step_w(gradient, state.w_opt_state, state.w)
-        batch_stats = train.aux.batch_stats if has_aux else None
+        carry = problem.next_carry(train.aux, estimate.aux)
         state = search.SearchState(
-            state.step + 1, state.key, w, alpha, batch_stats, w_opt_state, alpha_opt_state
+            state.step + 1, state.key, w, alpha, carry, w_opt_state, alpha_opt_state
         )
         return state, train.value
 
@@ -220,7 +218,10 @@ def compare(
     if problem.cells:
         before = state.alpha_opt_state, state.alpha
         tops = {
-            name: top_operations(_step(problem.alpha_optimizer, estimate.gradient, *before)[0])
+            name: top_operations(
+                _step(problem.alpha_optimizer, estimate.gradient, *before)[0],
+                problem.cells.primitives,
+            )
             for name, (estimate, _) in results.items()
         }
     lines = []

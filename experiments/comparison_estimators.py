@@ -12,7 +12,7 @@ import optax
 from darts_jax import hypergradient
 from darts_jax.genotype import nearest
 from darts_jax.hypergradient import Estimator
-from experiments.comparison_problems import Problem
+from experiments.problem import Problem
 
 EXACT = "exact"  # what all others are compared with
 UNROLLED = re.compile(r"unrolled_([2-9]|[1-9]\d+)")

@@ -2,30 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from darts_jax import data, genotype, search
+from darts_jax import search
 from darts_jax.hypergradient import Bilevel
-from experiments import command_line, runner, search_cnn, toy_bilevel
-from experiments.config import (
-    AlphaConfig,
-    DataConfig,
-    WConfig,
-    alpha_optimizer,
-    check_data,
-    check_w,
-    w_optimizer,
-    w_schedule,
-)
-from experiments.search_cnn import NetworkConfig, SearchConfig
+from experiments import command_line, runner, toy_bilevel
+from experiments.comparison_cells import CnnConfig, RnnConfig, check_cells, cnn, rnn
+from experiments.problem import Problem
 
 PyTree = Any
 
@@ -72,20 +61,6 @@ class CleaningConfig:
     """Iterations of a search."""
 
 
-@dataclass(frozen=True)
-class CnnConfig:
-    """The search of a convolutional cell, as `experiments.search_cnn` does it."""
-
-    data: DataConfig = search_cnn.DIGITS.data
-    network: NetworkConfig = search_cnn.DIGITS.network
-    epochs: int = 2
-    """Passes over the images that train w."""
-    batch_size: int = search_cnn.DIGITS.search.batch_size
-    """Images in a batch, for w and for alpha alike."""
-    w: WConfig = field(default_factory=WConfig)
-    alpha: AlphaConfig = search_cnn.DIGITS.search.alpha
-
-
 # Of the fields that there are, by their names in any of the configs.
 _LEAST = {
     "steps": 1,
@@ -94,38 +69,13 @@ _LEAST = {
     "batch_size": 1,
     "network.channels": 1,
     "network.nodes": 1,
+    "model.size": 1,
+    "model.nodes": 1,
+    "length": 1,
 }
 _POSITIVE = ("xi", "w_rate", "alpha_rate")
 
-ProblemConfig = ToyConfig | RidgeConfig | CleaningConfig | CnnConfig
-
-
-class Problem(NamedTuple):
-    """A bilevel problem, and what a search of it needs.
-
-    Attributes:
-      bilevel: the two losses; if they have an auxiliary output, it is a `search.Aux`.
-      w_optimizer: trains w, and is the inner optimizer.
-      alpha_optimizer: trains alpha.
-      weight_decay: that of `w_optimizer`.
-      num_steps: iterations of a search.
-      init: seed -> the state before the first of them.
-      batches: (seed, state, finished steps) -> (batch for the training loss, for the validation).
-      evaluate: state -> validation loss over all that is there to validate on.
-      alpha_names: one for each number in alpha, in the order of its leaves.
-      cells: whether alpha is that of two cells, from which a genotype can be derived.
-    """
-
-    bilevel: Bilevel
-    w_optimizer: optax.GradientTransformation
-    alpha_optimizer: optax.GradientTransformation
-    weight_decay: float
-    num_steps: int
-    init: Callable[[int], search.SearchState]
-    batches: Callable[[int, search.SearchState, int], tuple[PyTree, PyTree]]
-    evaluate: Callable[[search.SearchState], float]
-    alpha_names: tuple[str, ...]
-    cells: bool = False
+ProblemConfig = ToyConfig | RidgeConfig | CleaningConfig | CnnConfig | RnnConfig
 
 
 def make(config: ProblemConfig) -> Problem:
@@ -149,10 +99,8 @@ def check_problem(config: ProblemConfig) -> None:
     )
     if isinstance(config, CleaningConfig) and not 0 <= config.flipped <= 1:
         raise ValueError(f"--problem.flipped is {config.flipped}; give a share from 0 to 1")
-    if isinstance(config, CnnConfig):
-        data.check(config.data.name)
-        check_data(config.data)
-        check_w(config.w, "problem.w")
+    if isinstance(config, CnnConfig | RnnConfig):
+        check_cells(config)
 
 
 def _flag(name: str) -> str:
@@ -308,64 +256,9 @@ def full_batch(
         weight_decay=0.0,
         num_steps=num_steps,
         init=init,
-        batches=lambda seed, state, step: batches,
+        prepare=lambda seed, state, step: (state, *batches),
         evaluate=lambda state: float(bilevel.val_loss(state.w, state.alpha, batches[1])),
         alpha_names=alpha_names,
-    )
-
-
-def cnn(config: CnnConfig) -> Problem:
-    """The search of a convolutional cell: its loss, images, augmentation and optimizers."""
-    dataset = data.load(config.data.name, config.data.path, config.data.limit)
-
-    @lru_cache
-    def job(seed: int):
-        whole = search_cnn.Config(
-            config.data,
-            config.network,
-            SearchConfig(
-                epochs=config.epochs, batch_size=config.batch_size, w=config.w, alpha=config.alpha
-            ),
-            seed,
-        )
-        return search_cnn.make_job(whole, dataset, Path())
-
-    steps_per_epoch, num_steps = job(0).steps_per_epoch, config.epochs * job(0).steps_per_epoch
-    loss = search.make_loss(search_cnn.supernet(config.network, dataset.num_classes))
-    augmented = search_cnn.make_train_step(lambda _, *pair: pair, config.data, dataset)
-
-    def batches(seed: int, state: search.SearchState, step: int):
-        epoch, index = divmod(step, steps_per_epoch)
-        pair = augmented(state, job(seed).data, job(seed).train_batches(epoch)[index])
-        return tuple(search.Inputs(batch, state.carry) for batch in pair)
-
-    def evaluate(state: search.SearchState) -> float:
-        one = job(0)  # the images that validate are the same for every seed
-        outputs = [one.eval_step(state, one.data, batch) for batch in one.eval_batches]
-        sums, counts = zip(*jax.device_get(outputs), strict=True)
-        return float(sum(loss["eval_loss"] for loss in sums) / sum(counts))
-
-    return Problem(
-        Bilevel(loss, loss, has_aux=True),
-        w_optimizer(config.w, w_schedule(config.w, config.epochs, steps_per_epoch)),
-        alpha_optimizer(config.alpha),
-        config.w.weight_decay,
-        num_steps,
-        init=lambda seed: job(seed).init(),
-        batches=batches,
-        evaluate=evaluate,
-        alpha_names=_cell_names(config.network.nodes),
-        cells=True,
-    )
-
-
-def _cell_names(nodes: int) -> tuple[str, ...]:
-    states = ("c_{k-2}", "c_{k-1}", *map(str, range(nodes)))
-    return tuple(
-        f"{cell} {states[source]} → {states[destination]} {operation}"
-        for cell in ("normal", "reduce")
-        for source, destination in genotype.edges(nodes)
-        for operation in genotype.CNN_PRIMITIVES
     )
 
 
@@ -374,4 +267,5 @@ _MAKERS: dict[type, Callable[[Any], Problem]] = {
     RidgeConfig: ridge,
     CleaningConfig: cleaning,
     CnnConfig: cnn,
+    RnnConfig: rnn,
 }

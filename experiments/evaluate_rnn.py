@@ -33,7 +33,7 @@ from darts_jax.text import Corpus
 from experiments import command_line, runner, texts
 from experiments.memory import peak_memory
 from experiments.metrics import Display
-from experiments.search_rnn import describe, draw_cell
+from experiments.recurrent_cell import describe, draw_cell
 from experiments.sources import newest_search, saved_genotype
 from experiments.texts import DropoutConfig, TextConfig, TextOptimizerConfig
 

@@ -30,11 +30,11 @@ from experiments import command_line, runner, texts
 from experiments.config import AlphaConfig, alpha_optimizer
 from experiments.memory import peak_memory
 from experiments.metrics import Display
+from experiments.recurrent_cell import START, describe, draw_cell
 from experiments.search_cnn import make_estimator
 from experiments.texts import DropoutConfig, TextConfig, TextOptimizerConfig
 
 MODULE = "experiments.search_rnn"
-START = "start"  # name of a cell's first state in pictures and tables
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,33 @@ def task(config: Config) -> search.Task:
     )
 
 
+def make_train_step(
+    step: Callable, config: Config, steps_per_epoch: int
+) -> Callable[[search.SearchState, texts.Texts, Step], tuple[search.SearchState, search.Metrics]]:
+    """The search step on windows of the texts, at the learning rate of their length."""
+    own = config.search
+    hidden = jnp.zeros((own.batch_size, config.model.size))
+
+    @jax.jit
+    def prepare(state: search.SearchState, data: texts.Texts, at: Step):
+        """The state before a step, and its two batches."""
+        train_key, val_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        batches = (
+            texts.window(data.train, at.train_start, at.length, own.length, train_key),
+            texts.window(data.val, at.val_start, own.length, own.length, val_key),
+        )
+        first = state.step % steps_per_epoch == 0  # of an epoch, where both texts begin anew
+        fresh = Carry(state.carry.running, hidden, hidden)
+        carry = jax.tree.map(lambda a, b: jnp.where(first, a, b), fresh, state.carry)
+        opt_state = texts.with_length(state.w_opt_state, own.w, at.length, own.length)
+        return state._replace(carry=carry, w_opt_state=opt_state), *batches
+
+    def train_step(state, data, at):
+        return step(*prepare(state, data, at))
+
+    return train_step
+
+
 def make_job(config: Config, corpus: Corpus, workdir: Path) -> runner.Job:
     """The search as the runner takes it.
 
@@ -242,23 +269,6 @@ def make_job(config: Config, corpus: Corpus, workdir: Path) -> runner.Job:
         )
 
     @jax.jit
-    def prepare(state: search.SearchState, data: texts.Texts, at: Step):
-        """The state before a step, and its two batches."""
-        train_key, val_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        batches = (
-            texts.window(data.train, at.train_start, at.length, longest, train_key),
-            texts.window(data.val, at.val_start, longest, longest, val_key),
-        )
-        first = state.step % steps_per_epoch == 0  # of an epoch, where both texts begin anew
-        fresh = Carry(state.carry.running, hidden, hidden)
-        carry = jax.tree.map(lambda a, b: jnp.where(first, a, b), fresh, state.carry)
-        opt_state = texts.with_length(state.w_opt_state, own.w, at.length, longest)
-        return state._replace(carry=carry, w_opt_state=opt_state), *batches
-
-    def train_step(state, data, at):
-        return step(*prepare(state, data, at))
-
-    @jax.jit
     def eval_step(state: search.SearchState, data: texts.Texts, _: jax.Array):
         weights = relaxation.softmax(state.alpha)
         cell = language_model.relaxed_cell(state.carry.running, weights, train=False)
@@ -273,7 +283,7 @@ def make_job(config: Config, corpus: Corpus, workdir: Path) -> runner.Job:
     return runner.Job(
         name="search step",
         init=init,
-        train_step=train_step,
+        train_step=make_train_step(step, config, steps_per_epoch),
         eval_step=eval_step,
         data=data,
         train_batches=train_batches,
@@ -330,25 +340,6 @@ def draw(epochs: Sequence[dict[str, Any]], workdir: Path) -> genotype.RecurrentG
         inputs=(START,),
     )
     return found
-
-
-def draw_cell(found: genotype.RecurrentGenotype, path: Path) -> None:
-    """Draws a recurrent cell, as SVG and PNG."""
-    from darts_jax import plots  # matplotlib
-
-    edges = [(name, source, i + 1) for i, (name, source) in enumerate(found.recurrent)]
-    plots.draw_cell(
-        edges, found.concat, path, title="Recurrent cell", inputs=(START,), output="h_{t}"
-    )
-
-
-def describe(found: genotype.RecurrentGenotype) -> str:
-    """The nodes of a cell, one a line."""
-    names = (START, *map(str, range(len(found.recurrent))))
-    return "\n".join(
-        f"{node} = {activation}({names[source]})"
-        for node, (activation, source) in enumerate(found.recurrent)
-    )
 
 
 def summary(

@@ -115,12 +115,15 @@ def make_evaluation(corpus: Corpus, split: str, batch: int) -> Callable[..., tup
 
 
 def check_text(
-    data: TextConfig, dropout: DropoutConfig, w: TextOptimizerConfig, prefix: str
+    data: TextConfig, dropout: DropoutConfig, w: TextOptimizerConfig, prefix: str, outer: str = ""
 ) -> None:
-    """Raises a ValueError for a field out of range; prefix is that of the optimizer's flags."""
+    """Raises a ValueError for a field out of range.
+
+    The optimizer's flags begin with `prefix`, and those of the dropout's with `outer`.
+    """
     text.check(data.name, data.path)
     for name in Dropout._fields:
-        row = f"dropout.{name}", getattr(dropout, name)
+        row = f"{outer}dropout.{name}", getattr(dropout, name)
         check_at_least((*row, 0))
         check_below_one(row)
     check_at_least(

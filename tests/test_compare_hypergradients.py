@@ -93,9 +93,32 @@ def test_cells():
         normal, reduce = np.reshape(last[line["estimator"]], (2, 5, 8))
         found = genotype.derive({"normal": normal, "reduce": reduce})
         assert json.loads(json.dumps(found._asdict())) == line["genotype"]
-        assert len(top_operations({"normal": normal, "reduce": reduce})) == 10
+        assert (
+            len(top_operations({"normal": normal, "reduce": reduce}, genotype.CNN_PRIMITIVES)) == 10
+        )
         assert 0 <= line["edges_differ"] <= line["operations_differ"] <= 1
         assert 1 < line["val_loss"] < 4
+
+
+def test_recurrent_cell():
+    arguments = (
+        "text_rnn --problem.data.limit 1000 --problem.model.size 3 --problem.model.nodes 2"
+        " --problem.length 20 --every 3 --precisions float64 --radii-per-decade 1"
+        " --estimators first_order finite_difference_small --workdir run"
+    )
+    assert compare_hypergradients.main(arguments.split()) == 0
+    errors = {
+        line["estimator"]: line["gradient_relative_error"] for line in lines_of("run", "state")
+    }
+    assert errors["finite_difference_small"] < 0.1 < errors["first_order"]
+    for line in lines_of("run", "search"):
+        assert len(line["genotype"]["recurrent"]) == 2
+        assert 0 <= line["edges_differ"] <= line["operations_differ"] <= 1
+    alphas = [line for line in lines_of("run", "alpha") if line["estimator"] == "exact"]
+    found = genotype.derive_recurrent(np.reshape(alphas[-1]["alpha"], (3, 5)))
+    assert found.recurrent == tuple(
+        map(tuple, lines_of("run", "search")[0]["genotype"]["recurrent"])
+    )
 
 
 def test_the_same_command_gives_the_same_numbers():

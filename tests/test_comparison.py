@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from darts_jax.genotype import PUBLISHED
+from darts_jax.genotype import CNN, CNN_PRIMITIVES, PUBLISHED
 from darts_jax.hypergradient import Bilevel
 from experiments import comparison
 from experiments.comparison_estimators import EXACT, Settings, methods
@@ -65,23 +65,26 @@ def test_top_operations_leave_out_none():
     alpha["normal"][0, [0, 3]] = 9, 1  # none is first, but no operation to keep
     alpha["normal"][1, 1] = 1
     alpha["reduce"][0, 7] = 1
-    np.testing.assert_array_equal(comparison.top_operations(alpha), [2, 0, 6, 0])
+    np.testing.assert_array_equal(comparison.top_operations(alpha, CNN_PRIMITIVES), [2, 0, 6, 0])
 
 
 def test_genotype_distance():
     one = PUBLISHED["DARTS_V2"]
-    assert comparison.genotype_distance(one, one) == {"edges_differ": 0, "operations_differ": 0}
+    assert comparison.genotype_distance(one, one, CNN) == {
+        "edges_differ": 0,
+        "operations_differ": 0,
+    }
     (operation, source), *others = one.normal
     swapped = one._replace(normal=(*one.normal[1::-1], *one.normal[2:]))
-    assert set(comparison.genotype_distance(one, swapped).values()) == {0}
+    assert set(comparison.genotype_distance(one, swapped, CNN).values()) == {0}
     renamed = one._replace(normal=(("max_pool_3x3", source), *others))
-    assert comparison.genotype_distance(one, renamed) == {
+    assert comparison.genotype_distance(one, renamed, CNN) == {
         "edges_differ": 0,
         "operations_differ": 1 / 16,
     }
     *others, (operation, source) = one.reduce
     moved = one._replace(reduce=(*others, (operation, 4)))
-    assert comparison.genotype_distance(one, moved) == {
+    assert comparison.genotype_distance(one, moved, CNN) == {
         "edges_differ": 1 / 16,
         "operations_differ": 1 / 16,
     }
@@ -89,7 +92,7 @@ def test_genotype_distance():
 
 def programs_of(problem, names=NAMES):
     state, compiled = problem.init(0), {}
-    point = comparison.point_of(state, *problem.batches(0, state, 0))
+    point = comparison.start(problem, 0)
     chosen = methods(names, SETTINGS)
     return comparison.make_programs(problem, chosen, point, compiled, quiet), compiled, state, point
 

@@ -10,13 +10,14 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from tiny_network import TinyNetwork
 
-from darts_jax import data, hypergradient, search
-from experiments import comparison, search_cnn
+from darts_jax import data, hypergradient, search, text
+from experiments import comparison, search_cnn, search_rnn
 from experiments.comparison_estimators import EXACT, Settings, methods
 from experiments.comparison_problems import (
     CleaningConfig,
     CnnConfig,
     RidgeConfig,
+    RnnConfig,
     ToyConfig,
     check_problem,
     make,
@@ -37,7 +38,7 @@ def test_ridge_regression():
     """The implicit gradient at the solution, against the derivative of its closed form."""
     problem = make(RidgeConfig())
     state = problem.init(0)
-    train, val = problem.batches(0, state, 0)
+    _, train, val = problem.prepare(0, state, 0)
     (x, y), (x_val, y_val) = (
         tuple(np.asarray(a, np.float64) for a in batch) for batch in (train, val)
     )
@@ -117,6 +118,37 @@ def test_search_of_cells_is_that_of_search_cnn(tiny):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), a, b)
 
 
+SMALL_RNN = RnnConfig(
+    data=search_rnn.TextConfig("pydoc", limit=2000),
+    model=search_rnn.ModelConfig(size=4, nodes=2),
+    length=20,
+)
+
+
+def test_search_of_a_recurrent_cell_is_that_of_search_rnn():
+    found = end_of_search(make(SMALL_RNN), EXACT, seed=3)
+    search_config = dataclasses.replace(search_rnn.PYDOC.search, epochs=1, length=20)
+    whole = dataclasses.replace(
+        search_rnn.PYDOC, data=SMALL_RNN.data, model=SMALL_RNN.model, search=search_config, seed=3
+    )
+    job = search_rnn.make_job(whole, text.load("pydoc", limit=2000), Path())
+    state = job.init()
+    for batch in job.train_batches(0):
+        state, _ = job.train_step(state, job.data, batch)
+    assert int(state.step) == int(found.step) == 12
+    assert state.carry.train_hidden.any() and state.carry.val_hidden.any()
+    for name in ("alpha", "w", "carry", "w_opt_state"):
+        a, b = getattr(found, name), getattr(state, name)
+        assert jax.tree.structure(a) == jax.tree.structure(b)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), a, b)
+
+
+def test_names_of_the_alphas_of_a_recurrent_cell():
+    names = make(SMALL_RNN).alpha_names
+    assert len(names) == 3 * 5
+    assert (names[0], names[-1]) == ("start → 0 none", "0 → 1 identity")
+
+
 def test_cells_are_validated_by_running_statistics(tiny):
     config = dataclasses.replace(
         CnnConfig(), data=dataclasses.replace(search_cnn.DIGITS.data, limit=100)
@@ -155,6 +187,12 @@ def test_names_of_the_alphas_of_cells(tiny):
             "--problem.network.channels is 0; give at least 1",
         ),
         (CnnConfig(data=search_cnn.DataConfig("digit")), "unknown dataset 'digit'"),
+        (RnnConfig(data=search_rnn.TextConfig("pidoc")), "unknown text 'pidoc'"),
+        (RnnConfig(length=0), "--problem.length is 0; give at least 1"),
+        (
+            RnnConfig(dropout=search_rnn.DropoutConfig(hidden=1.0)),
+            "--problem.dropout.hidden is 1.0; give less than 1",
+        ),
     ],
 )
 def test_fields_out_of_range(config, text):
