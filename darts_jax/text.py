@@ -113,8 +113,19 @@ def decode(tokens: Iterable[int], vocabulary: Sequence[str]) -> str:
 
 
 def save_vocabulary(vocabulary: Sequence[str], path: str | Path) -> None:
-    """Writes a vocabulary to a JSON file, whole or not at all."""
-    write_text(path, json.dumps(list(vocabulary), ensure_ascii=False, indent=0) + "\n")
+    """Writes a vocabulary to a JSON file, whole or not at all.
+
+    Raises:
+      ValueError: if the file is there and holds another.
+    """
+    path, content = Path(path), json.dumps(list(vocabulary), ensure_ascii=False, indent=0) + "\n"
+    if not path.exists():
+        write_text(path, content)
+    elif path.read_text() != content:
+        raise ValueError(
+            f"{path} is not the vocabulary of this text; continue with the text that it was made"
+            " from, or give another folder"
+        )
 
 
 def columns(tokens: np.ndarray, batch: int) -> np.ndarray:
@@ -286,15 +297,20 @@ def _folder(path: Path) -> dict[str, list[list[str]]]:
         raise ValueError(
             f"{path} is no folder; give the one that holds train, valid and test files"
         )
-    return {split: _file(_find(path, split)) for split in SPLITS}
+    forms = [form for form in FILES if any(map(Path.is_file, _files(path, form)))]
+    if len(forms) > 1:
+        names = " and ".join(form.format("*") for form in forms)
+        raise ValueError(f"{path} holds texts named in two ways, {names}; move those of one away")
+    files = _files(path, *forms) if forms else ()
+    for i, split in enumerate(SPLITS):
+        if not (files and files[i].is_file()):
+            names = ", ".join(form.format(split) for form in forms or FILES)
+            raise ValueError(f"{path} holds no {split} text; put it there as {names}")
+    return dict(zip(SPLITS, map(_file, files), strict=True))
 
 
-def _find(path: Path, split: str) -> Path:
-    names = [form.format(split) for form in FILES]
-    for name in names:
-        if (path / name).is_file():
-            return path / name
-    raise ValueError(f"{path} holds no {split} text; put it there as one of: {', '.join(names)}")
+def _files(path: Path, form: str) -> tuple[Path, ...]:
+    return tuple(path / form.format(split) for split in SPLITS)
 
 
 def _file(path: Path) -> list[list[str]]:

@@ -325,7 +325,6 @@ def finish(
     start = corpus.vocabulary.index(text.END)
     drawn = jax.jit(lambda params: sample(key, params, cell, start, SAMPLE_WORDS))(params)
     genotype.save(config.cell, workdir / "genotype.json")
-    text.save_vocabulary(corpus.vocabulary, workdir / "vocabulary.json")
     draw_cell(config.cell, workdir / "cell")
     write_text(workdir / "sample.txt", text.decode(drawn.tolist(), corpus.vocabulary) + "\n")
     return {"valid": result.epochs[-1]["eval_loss"], "test": float(total / tokens)}
@@ -357,6 +356,9 @@ def run(argv: Sequence[str]) -> None:
         with command_line.user_errors(), display.phase(f"loading {config.data.name}"):
             corpus = text.load(config.data.name, config.data.path, config.data.limit)
             job = make_job(config, corpus)
+        with command_line.user_errors(), runner.writing(workdir):
+            runner.write_config(config, workdir)
+            text.save_vocabulary(corpus.vocabulary, workdir / "vocabulary.json")
         result = runner.run(job, config, workdir, config.log_every, display)
         with display.phase("testing"), runner.writing(workdir):
             losses = finish(config, result, corpus, workdir)

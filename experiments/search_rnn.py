@@ -382,9 +382,11 @@ def run(argv: Sequence[str]) -> None:
         with command_line.user_errors(), display.phase(f"loading {config.data.name}"):
             corpus = text.load(config.data.name, config.data.path, config.data.limit)
             job = make_job(config, corpus, workdir)
+        with command_line.user_errors(), runner.writing(workdir):
+            runner.write_config(config, workdir)
+            text.save_vocabulary(corpus.vocabulary, workdir / "vocabulary.json")
         result = runner.run(job, config, workdir, config.log_every, display)
         with display.phase("drawing"), runner.writing(workdir):
-            text.save_vocabulary(corpus.vocabulary, workdir / "vocabulary.json")
             found = draw(result.epochs, workdir)
     command = command_line.command(
         "experiments.evaluate_rnn", [preset, "--genotype", f"{workdir}/genotype.json"]

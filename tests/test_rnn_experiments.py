@@ -101,6 +101,13 @@ def test_search_and_training_from_the_command_line(empty_folder, capsys):
     assert evaluate_rnn.main(["smoke"]) == 0  # nothing left to do
     assert (trained / "metrics.jsonl").read_bytes() == before
 
+    # As if the text had changed since, or come with another version of Python.
+    (trained / "vocabulary.json").write_text(json.dumps(vocabulary[1:]))
+    assert evaluate_rnn.main(["smoke"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "is not the vocabulary of this text" in error
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
 
 def small(**options):
     config = search_rnn.PRESETS["smoke"][1]

@@ -76,6 +76,10 @@ def test_vocabulary_file(tmp_path):
     vocabulary = ("the", END, "Süß", '"')
     text.save_vocabulary(vocabulary, tmp_path / "vocabulary.json")
     assert tuple(json.loads((tmp_path / "vocabulary.json").read_text())) == vocabulary
+    text.save_vocabulary(vocabulary, tmp_path / "vocabulary.json")
+    with pytest.raises(ValueError, match="vocabulary.json is not the vocabulary of this text"):
+        text.save_vocabulary(vocabulary[1:], tmp_path / "vocabulary.json")
+    assert tuple(json.loads((tmp_path / "vocabulary.json").read_text())) == vocabulary
 
 
 def test_columns_go_on_where_the_one_before_ends():
@@ -166,7 +170,7 @@ def test_bits_per_character():
         (
             "ptb",
             {"train": "a\nb\n", "valid": "a\nb\n"},
-            "no test text; .* test.txt, ptb.test.txt, w",
+            "no test text; put it there as test.txt",
         ),
         ("ptb", LINES | {"valid": ""}, "valid.txt holds less than two lines"),
         ("ptb", LINES | {"test": "a b c\n\n \n"}, "test.txt holds less than two lines"),
@@ -178,6 +182,19 @@ def test_bad_folder_is_one_line(tmp_path, name, lines, message):
     with pytest.raises(ValueError, match=message) as error:
         text.load(name, folder)
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_two_namings_in_a_folder(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "ptb.valid.txt").write_text("a\nb\n")
+    with pytest.raises(ValueError, match=r"two ways, \*.txt and ptb.\*.txt; move those of one"):
+        text.load("ptb", tmp_path)
+
+
+def test_a_folder_without_texts(tmp_path):
+    message = "holds no train text; put it there as train.txt, ptb.train.txt, wiki.train.tokens"
+    with pytest.raises(ValueError, match=message):
+        text.load("ptb", tmp_path)
 
 
 def test_bad_names_and_numbers():
