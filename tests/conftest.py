@@ -12,7 +12,11 @@ import pytest
 
 # A second device, for what is sharded; nothing else sees it.
 jax.config.update("jax_num_cpu_devices", 2)
-# What is compiled once is read by later tests and runs, and not from the user's own cache.
+# Most of a test's time is compiling. So code is compiled in half the time, to run slower and give
+# the same numbers but for rounding (`optimized` undoes that); and what one test has compiled,
+# however small, is read by the others, though not from the user's own cache.
+jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 if not jax.config.jax_compilation_cache_dir:
     jax.config.update(
         "jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
@@ -41,11 +45,11 @@ def _unpack(archive: dict[str, Any], pack: str) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """Compile in half the time, to code that is slower: the same numbers, but for rounding."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimized() -> Iterator[None]:
+    """Compile as for users, where a test runs for longer than it compiles."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

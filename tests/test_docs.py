@@ -104,7 +104,7 @@ def test_the_readme_example_is_short():
 
 
 @pytest.mark.slow
-def test_readme_example(capsys, quick_compilation):
+def test_readme_example(capsys):
     names = run_examples(ROOT / "README.md")
     assert names["state"].step == 2
     assert all(np.isfinite(metric) for metric in names["metrics"])

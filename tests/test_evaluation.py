@@ -15,8 +15,6 @@ from darts_jax.evaluation import EvaluationNetwork
 from darts_jax.genotype import PUBLISHED, Genotype
 from darts_jax.operations import DISCRETE_OPERATIONS, Moments, update_running
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RTOL = 1e-9
 SMALL = Genotype(
     normal=(("dil_conv_3x3", 0), ("skip_connect", 1)),

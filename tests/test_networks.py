@@ -16,7 +16,7 @@ from darts_jax.genotype import CNN_PRIMITIVES
 from darts_jax.networks import Supernet
 from darts_jax.operations import Operation
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "x64")
+pytestmark = pytest.mark.usefixtures("optimized", "x64")
 
 LAYERS = 5
 RTOL = 1e-9

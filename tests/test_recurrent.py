@@ -14,7 +14,7 @@ from darts_jax.language_model import Batch, Dropout, Inputs
 from darts_jax.operations import Moments
 from darts_jax.recurrent import ACTIVATIONS, Masks
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "x64")
+pytestmark = pytest.mark.usefixtures("x64")
 
 RTOL = 1e-9
 NODES = 8
