@@ -188,6 +188,20 @@ def sample(
     return Genotype(**cells)
 
 
+def sample_recurrent(
+    rng: np.random.Generator,
+    num_nodes: int = 8,
+    primitives: Sequence[str] = RNN_PRIMITIVES,
+) -> RecurrentGenotype:
+    """Draws a recurrent cell, uniform over the space that a search chooses from."""
+    activations = [name for name in primitives if name != "none"]
+    nodes = tuple(
+        (activations[rng.integers(len(activations))], int(rng.integers(node + RNN_NUM_INPUTS)))
+        for node in range(num_nodes)
+    )
+    return RecurrentGenotype(nodes, tuple(range(RNN_NUM_INPUTS, num_nodes + RNN_NUM_INPUTS)))
+
+
 def validate(genotype: AnyGenotype, operations: Sequence[str] | None = None) -> AnyGenotype:
     """Returns the genotype, every sequence in it a tuple, if an evaluation network can be built.
 

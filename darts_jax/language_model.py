@@ -145,7 +145,7 @@ def apply(
     Args:
       params: as in `shapes`.
       tokens: int [T, B].
-      hidden: [B, D].
+      hidden: [B, D], or what else the cell takes for it.
       cell: (cell's params, x, hidden, masks=, valid=) -> Trajectory.
       masks: dropout; None for none.
       valid: bool [T], False at steps that only fill up.
@@ -231,12 +231,10 @@ def make_loss(
     return loss
 
 
-@lru_cache
 def make_discrete_loss(
-    genotype: RecurrentGenotype, dropout: Dropout = NO_DROPOUT, slowness_weight: float = 0.0
+    cell: Cell, dropout: Dropout = NO_DROPOUT, slowness_weight: float = 0.0
 ) -> Callable[[PyTree, Inputs], tuple[Array, Aux]]:
-    """`loss(params, inputs) -> (value, Aux)` of the model of a genotype, as `make_loss`."""
-    cell = discrete_cell(genotype)
+    """`loss(params, inputs) -> (value, Aux)` of the model with this cell, as `make_loss`."""
     return lambda params, inputs: _loss(params, cell, inputs, dropout, slowness_weight)
 
 
@@ -256,17 +254,17 @@ def _loss(params, cell, inputs, dropout, slowness_weight):
 
 
 def evaluate(
-    params: PyTree, cell: Cell, tokens: Array, targets: Array, valid: Array
+    params: PyTree, cell: Cell, hidden: Array, tokens: Array, targets: Array, valid: Array
 ) -> tuple[Array, Array]:
     """(summed cross-entropy in nats, number of tokens) of B texts, read from their beginning.
 
     Args:
       params: as in `shapes`.
       cell: as for `apply`.
+      hidden: [B, D], before the first token.
       tokens, targets: int [windows, T, B], each window going on where the one before ended.
       valid: bool [windows, T].
     """
-    hidden = jnp.zeros((tokens.shape[2], params["embedding"].shape[1]))
 
     def window(hidden, xs):
         tokens, targets, valid = xs
@@ -276,3 +274,26 @@ def evaluate(
 
     _, (totals, counts) = jax.lax.scan(window, hidden, (tokens, targets, valid))
     return totals.sum(), counts.sum()
+
+
+def sample(
+    key: Array, params: PyTree, cell: Cell, hidden: Array, start: int, num_words: int
+) -> Array:
+    """Draws words one after the other from the model: int32 [num_words].
+
+    Args:
+      key: random key.
+      params: as in `shapes`.
+      cell: as for `apply`.
+      hidden: [1, D], before the first word.
+      start: the word, not drawn, that the first one follows.
+      num_words: how many to draw.
+    """
+
+    def word(carry, key):
+        token, hidden = carry
+        output = apply(params, token[None, None], hidden, cell)
+        token = jax.random.categorical(key, output.logits[0, 0])
+        return (token, output.trajectory.last), token
+
+    return jax.lax.scan(word, (jnp.int32(start), hidden), jax.random.split(key, num_words))[1]

@@ -14,6 +14,7 @@ later nodes, and each activation is applied to their stack.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +51,7 @@ class Trajectory(NamedTuple):
 
     Attributes:
       hiddens: [T, B, D], after each step.
-      last: [B, D], after the last valid step.
+      last: the hidden state after the last valid step, shaped as the first: [B, D].
       running: running statistics after it, or as they were.
     """
 
@@ -170,6 +171,40 @@ def discrete(
         return sum(states[i] for i in genotype.concat) / len(genotype.concat), running
 
     return _scan(cell, x, hidden, None, valid)
+
+
+def lstm_params(key: Array, inputs: int, size: int) -> PyTree:
+    """Parameters of flax's LSTM cell, as flax draws them."""
+    x, state = jnp.zeros((1, inputs)), jnp.zeros((1, size))
+    return nn.OptimizedLSTMCell(size).init(key, (state, state), x)["params"]
+
+
+def lstm(
+    params: PyTree,
+    x: Array,
+    hidden: Array,
+    *,
+    masks: Masks | None = None,
+    valid: Array | None = None,
+) -> Trajectory:
+    """Runs flax's LSTM cell over a sequence, to compare with.
+
+    Args:
+      params: as from `lstm_params`.
+      hidden: [B, 2 D], the cell's memory and its output beside each other; so is the last one.
+      The others: as for `relaxed`. The mask of hidden states is that of the outputs that it reads.
+    """
+    size = hidden.shape[-1] // 2
+    flax_cell = nn.OptimizedLSTMCell(size)
+
+    def cell(x, hidden, running):
+        memory, output = jnp.split(hidden, 2, axis=-1)
+        x = x if masks is None else x * masks.input
+        after, _ = flax_cell.apply({"params": params}, (memory, _masked(output, masks)), x)
+        return jnp.concatenate(after, axis=-1), running
+
+    states = _scan(cell, x, hidden, None, valid)
+    return states._replace(hiddens=states.hiddens[..., size:])
 
 
 def _start(params, x, hidden, masks):

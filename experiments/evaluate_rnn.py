@@ -10,7 +10,7 @@ The workdir then holds the cell, its picture, the vocabulary, a sample of text, 
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from experiments.texts import DropoutConfig, TextConfig, TextOptimizerConfig
 
 MODULE = "experiments.evaluate_rnn"
 DEFAULT_GENOTYPE = "DARTS_V2"  # where nothing has been searched yet
+LSTM = "LSTM"  # in place of a genotype
 SAMPLE_WORDS = 200
 
 
@@ -67,7 +68,8 @@ class Config:
 
     data: TextConfig
     genotype: str | None = None
-    """Cell: a JSON file or a published name; None for that of the newest search in runs/."""
+    """Cell: a JSON file or a published name, or LSTM, to compare with; None for that of the newest
+    search in runs/."""
     size: int = 850
     """Length of embeddings and hidden states."""
     dropout: DropoutConfig = field(default_factory=DropoutConfig)
@@ -79,7 +81,7 @@ class Config:
     workdir: Path | None = None
     """Folder to write to, and to resume from; None for runs/evaluate_rnn-PRESET-seedSEED."""
     cell: Annotated[RecurrentGenotype | None, tyro.conf.Suppress] = None
-    """What `genotype` stands for."""
+    """What `genotype` stands for; None for an LSTM."""
 
 
 PYDOC = Config(
@@ -176,27 +178,24 @@ def make_job(config: Config, corpus: Corpus) -> runner.Job:
     Raises:
       ValueError: if a text is too short for its columns or a window.
     """
-    seed, own, size = config.seed, config.train, config.size
+    seed, own = config.seed, config.train
     longest = own.length + text.LENGTH_EXTRA  # padded to one length, so that one is compiled
     rows = texts.on_device(corpus.train, own.batch_size, longest)
     num_rows = len(rows) - longest
     steps_per_epoch = text.num_windows(num_rows, own.length)
     optimizer = texts.optimizer(own.w)
-    cell = language_model.discrete_cell(config.cell)
-    loss = language_model.make_discrete_loss(
-        config.cell, texts.dropout_of(config.dropout), own.slowness
-    )
-    evaluate = texts.make_evaluation(corpus, "valid", own.eval_batch_size)
+    cell, init_params, width = texts.recurrence(config.cell, config.size)
+    loss = language_model.make_discrete_loss(cell, texts.dropout_of(config.dropout), own.slowness)
+    evaluate = texts.make_evaluation(corpus, "valid", own.eval_batch_size, width)
 
     def init() -> State:
         params_key, state_key = jax.random.split(jax.random.key(seed))
-        nodes = len(config.cell.recurrent)
-        params = language_model.init_params(params_key, len(corpus.vocabulary), size, nodes)
+        params = init_params(params_key, len(corpus.vocabulary))
         return State(
             jnp.zeros((), jnp.int32),
             state_key,
             params,
-            jnp.zeros((own.batch_size, size)),
+            jnp.zeros((own.batch_size, width)),
             optimizer.init(params),
             # A copy, since the step donates both.
             averaging.init(jax.device_put(params, may_alias=False)),
@@ -254,19 +253,6 @@ def make_job(config: Config, corpus: Corpus) -> runner.Job:
     )
 
 
-def sample(key: jax.Array, params: Any, cell: Callable, start: int, num_words: int) -> jax.Array:
-    """int32 [num_words]: words drawn one after the other, the first one after `start`."""
-    hidden = jnp.zeros((1, params["embedding"].shape[1]))
-
-    def word(carry, key):
-        token, hidden = carry
-        output = language_model.apply(params, token[None, None], hidden, cell)
-        token = jax.random.categorical(key, output.logits[0, 0])
-        return (token, output.trajectory.last), token
-
-    return jax.lax.scan(word, (jnp.int32(start), hidden), jax.random.split(key, num_words))[1]
-
-
 def check(config: Config) -> None:
     """Raises a ValueError for what can be seen to be wrong before anything is loaded."""
     own = config.train
@@ -282,24 +268,66 @@ def check(config: Config) -> None:
     command_line.check_seed(config.seed)
 
 
-def summary(
-    config: Config,
-    result: runner.Result,
-    losses: dict[str, float],
-    corpus: Corpus,
-    workdir: Path,
-    command: str,
-) -> Table:
+class Outcome(NamedTuple):
+    """What came of a training: the run, nats a word by split, and the number of parameters."""
+
+    result: runner.Result
+    losses: dict[str, float]
+    parameters: int
+
+
+def train(config: Config, corpus: Corpus, workdir: Path, display: Display) -> Outcome:
+    """Trains the model of a config whose cell is known, from where its workdir says.
+
+    Raises:
+      UserError: for texts that are too short, or a workdir of another run.
+    """
+    runner.check_workdir(workdir, config)
+    with command_line.user_errors():
+        job = make_job(config, corpus)
+    with command_line.user_errors(), runner.writing(workdir):
+        runner.write_config(config, workdir)
+        text.save_vocabulary(corpus.vocabulary, workdir / "vocabulary.json")
+    result = runner.run(job, config, workdir, config.log_every, display)
+    with display.phase("testing"), runner.writing(workdir):
+        losses = finish(config, result, corpus, workdir)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(result.state.params))
+    return Outcome(result, losses, parameters)
+
+
+def finish(
+    config: Config, result: runner.Result, corpus: Corpus, workdir: Path
+) -> dict[str, float]:
+    """Writes cell and sample; returns nats a word of validation and test text."""
+    cell, _, width = texts.recurrence(config.cell, config.size)
+    params = result.state.average.mean
+    # The test text is read as one column, as it is.
+    evaluate = texts.make_evaluation(corpus, "test", 1, width)
+    total, tokens = jax.jit(partial(evaluate, cell=cell))(params)
+    key, _ = jax.random.split(result.state.key)  # steps fold their numbers in
+    hidden, start = jnp.zeros((1, width)), corpus.vocabulary.index(text.END)
+    drawn = jax.jit(
+        lambda params: language_model.sample(key, params, cell, hidden, start, SAMPLE_WORDS)
+    )(params)
+    write_text(workdir / "sample.txt", text.decode(drawn.tolist(), corpus.vocabulary) + "\n")
+    if config.cell is not None:
+        genotype.save(config.cell, workdir / "genotype.json")
+        draw_cell(config.cell, workdir / "cell")
+    return {"valid": result.epochs[-1]["eval_loss"], "test": float(total / tokens)}
+
+
+def summary(config: Config, outcome: Outcome, corpus: Corpus, workdir: Path, command: str) -> Table:
     """The table that a training ends with."""
+    result = outcome.result
     table = Table(title="Training finished", show_header=False, title_justify="left")
-    table.add_row("cell", Text(f"{config.genotype}\n{describe(config.cell)}"))
-    for split, loss in losses.items():
+    nodes = "" if config.cell is None else f"\n{describe(config.cell)}"
+    table.add_row("cell", Text(f"{config.genotype}{nodes}"))
+    for split, loss in outcome.losses.items():
         bits = text.bits_per_character(loss, corpus, split)
         table.add_row(split, f"perplexity {math.exp(loss):.2f} a word, {bits:.3f} bits a character")
     unigram, bigram = text.unigram_perplexity(corpus), text.bigram_perplexity(corpus)
     table.add_row("baselines, test", f"perplexity {unigram:.1f} of words, {bigram:.1f} of pairs")
-    count = sum(leaf.size for leaf in jax.tree.leaves(result.state.params))
-    table.add_row("parameters", f"{count:,}")
+    table.add_row("parameters", f"{outcome.parameters:,}")
     began = next((line["epoch"] for line in result.epochs if line["averaged"]), None)
     table.add_row("weights", "not averaged" if began is None else f"averaged from epoch {began}")
     table.add_row(
@@ -314,22 +342,6 @@ def summary(
     return table
 
 
-def finish(
-    config: Config, result: runner.Result, corpus: Corpus, workdir: Path
-) -> dict[str, float]:
-    """Writes cell, vocabulary and sample; returns nats a word of validation and test text."""
-    cell, params = language_model.discrete_cell(config.cell), result.state.average.mean
-    # The test text is read as one column, as it is.
-    total, tokens = jax.jit(partial(texts.make_evaluation(corpus, "test", 1), cell=cell))(params)
-    key, _ = jax.random.split(result.state.key)  # steps fold their numbers in
-    start = corpus.vocabulary.index(text.END)
-    drawn = jax.jit(lambda params: sample(key, params, cell, start, SAMPLE_WORDS))(params)
-    genotype.save(config.cell, workdir / "genotype.json")
-    draw_cell(config.cell, workdir / "cell")
-    write_text(workdir / "sample.txt", text.decode(drawn.tolist(), corpus.vocabulary) + "\n")
-    return {"valid": result.epochs[-1]["eval_loss"], "test": float(total / tokens)}
-
-
 def resolve_genotype(config: Config, workdir: Path) -> Config:
     """The config with its cell: that named, that of the run in the workdir, or the newest.
 
@@ -339,7 +351,13 @@ def resolve_genotype(config: Config, workdir: Path) -> Config:
     name = config.genotype
     if name is None:
         name = saved_genotype(workdir) or newest_search("search_rnn") or DEFAULT_GENOTYPE
-    return replace(config, genotype=name, cell=genotype.load(name, kind=genotype.RNN))
+    return with_cell(config, name)
+
+
+def with_cell(config: Config, name: str) -> Config:
+    """The config with the cell that a file or a name stands for."""
+    cell = None if name == LSTM else genotype.load(name, kind=genotype.RNN)
+    return replace(config, genotype=name, cell=cell)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -349,21 +367,14 @@ def run(argv: Sequence[str]) -> None:
         check(config)
         workdir = config.workdir or Path("runs") / f"evaluate_rnn-{preset}-seed{config.seed}"
         config = resolve_genotype(config, workdir)
-    runner.check_workdir(workdir, config)
     command_line.enable_compilation_cache()
     with Display() as display:
         display.console.print(f"cell: {config.genotype}", soft_wrap=True, highlight=False)
         with command_line.user_errors(), display.phase(f"loading {config.data.name}"):
             corpus = text.load(config.data.name, config.data.path, config.data.limit)
-            job = make_job(config, corpus)
-        with command_line.user_errors(), runner.writing(workdir):
-            runner.write_config(config, workdir)
-            text.save_vocabulary(corpus.vocabulary, workdir / "vocabulary.json")
-        result = runner.run(job, config, workdir, config.log_every, display)
-        with display.phase("testing"), runner.writing(workdir):
-            losses = finish(config, result, corpus, workdir)
+        outcome = train(config, corpus, workdir, display)
     command = command_line.next_command(MODULE, argv, config.seed + 1)
-    display.console.print(summary(config, result, losses, corpus, workdir, command))
+    display.console.print(summary(config, outcome, corpus, workdir, command))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -251,7 +251,7 @@ def make_job(config: Config, corpus: Corpus, workdir: Path) -> runner.Job:
     w, alpha = texts.optimizer(own.w), alpha_optimizer(own.alpha)
     step = search.make_task_step(task(config), make_estimator(own, w), w, alpha)
     hidden = jnp.zeros((own.batch_size, size))
-    evaluate = texts.make_evaluation(corpus, "valid", own.eval_batch_size)
+    evaluate = texts.make_evaluation(corpus, "valid", own.eval_batch_size, size)
 
     def init() -> search.SearchState:
         w_key, alpha_key, state_key = jax.random.split(jax.random.key(seed), 3)

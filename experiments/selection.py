@@ -1,6 +1,7 @@
 """Choosing among cells by a short training of each, and giving them one budget of parameters."""
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -76,16 +77,20 @@ def train_briefly(
 def fit_budget(config: Config, dataset: data.Dataset, parameters: int) -> Config:
     """The config with as many channels as bring the network nearest to a number of parameters."""
 
-    def size(channels: int) -> int:
-        own = replace(config, network=replace(config.network, channels=channels))
-        return parameter_count(own, dataset)
+    def resized(channels: int) -> Config:
+        return replace(config, network=replace(config.network, channels=channels))
 
-    channels = 2
-    while channels < MAX_CHANNELS and size(channels + 1) <= parameters:
-        channels += 1
-    if abs(size(channels + 1) - parameters) < abs(size(channels) - parameters):
-        channels += 1
-    return replace(config, network=replace(config.network, channels=channels))
+    def count(channels: int) -> int:
+        return parameter_count(resized(channels), dataset)
+
+    return resized(nearest_size(count, parameters, range(2, MAX_CHANNELS)))
+
+
+def nearest_size(count: Callable[[int], int], parameters: int, sizes: range) -> int:
+    """The size whose count of parameters, which grows with it, is nearest; of two, the smaller."""
+    after = bisect_right(sizes, parameters, key=count)
+    around = sizes[max(after - 1, 0) : after + 1]
+    return min(around, key=lambda size: abs(count(size) - parameters))
 
 
 def parameter_count(config: Config, dataset: data.Dataset) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ import numpy as np
 import optax
 from jax import Array
 
-from darts_jax import language_model, text
+from darts_jax import language_model, recurrent, text
+from darts_jax.genotype import RecurrentGenotype
 from darts_jax.language_model import Batch, Cell, Dropout
 from darts_jax.text import Corpus
 from experiments.command_line import check_at_least, check_below_one, check_positive
@@ -65,6 +66,38 @@ class Texts(NamedTuple):
     val: Array
 
 
+class Recurrence(NamedTuple):
+    """What of a language model depends on its cell.
+
+    Attributes:
+      cell: for `language_model.apply`.
+      init: (key, vocabulary) -> parameters of the model.
+      width: numbers in a hidden state.
+    """
+
+    cell: Cell
+    init: Callable[[jax.Array, int], Any]
+    width: int
+
+
+def recurrence(cell: RecurrentGenotype | None, size: int) -> Recurrence:
+    """That of a discrete cell of this size, or of an LSTM for None."""
+    if cell is not None:
+        nodes = len(cell.recurrent)
+        return Recurrence(
+            language_model.discrete_cell(cell),
+            lambda key, vocabulary: language_model.init_params(key, vocabulary, size, nodes),
+            size,
+        )
+
+    def init(key: jax.Array, vocabulary: int) -> Any:
+        key, cell_key = jax.random.split(key)
+        params = language_model.init_params(key, vocabulary, size, num_nodes=0)
+        return params | {"cell": recurrent.lstm_params(cell_key, size, size)}
+
+    return Recurrence(recurrent.lstm, init, 2 * size)
+
+
 def dropout_of(config: DropoutConfig) -> Dropout:
     """The probabilities as the model takes them."""
     return Dropout(config.words, config.embedding, config.input, config.hidden, config.output)
@@ -103,13 +136,18 @@ def window(rows: Array, start: Array, length: Array, longest: int, key: Array) -
     return Batch(piece[:-1], piece[1:], jnp.arange(longest) < length, key)
 
 
-def make_evaluation(corpus: Corpus, split: str, batch: int) -> Callable[..., tuple[Array, Array]]:
-    """`evaluate(params, cell) -> (summed cross-entropy, tokens)` of a part of the text."""
+def make_evaluation(
+    corpus: Corpus, split: str, batch: int, width: int
+) -> Callable[..., tuple[Array, Array]]:
+    """`evaluate(params, cell) -> (summed cross-entropy, tokens)` of a part of the text.
+
+    It is cut into so many columns, and a hidden state has so many numbers.
+    """
     columns = text.columns(getattr(corpus, split), batch)
     windows = jax.device_put(text.consecutive(columns, EVALUATION_LENGTH))
 
     def evaluate(params, cell: Cell) -> tuple[Array, Array]:
-        return language_model.evaluate(params, cell, *windows)
+        return language_model.evaluate(params, cell, jnp.zeros((batch, width)), *windows)
 
     return evaluate
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import ordinary, search_step
-from darts_jax import networks, relaxation, search
+from benchmarks import ordinary, processes, rnn_step, search_step
+from darts_jax import language_model, networks, recurrent, relaxation, search
+from darts_jax.genotype import PUBLISHED_RECURRENT
 
 COUNTS = ["C4_L5", "C4_L6", "C8_L8", "C16_L8"]
 
@@ -65,14 +66,14 @@ def test_ordinary_is_the_same_network(losses):
 
 
 def test_report_holds_every_case_and_what_failed(monkeypatch, tmp_path, capsys):
-    seconds = [search_step.Iteration(9.0, 18.0), search_step.Iteration(2.0, 3.0)]
+    seconds = [processes.Iteration(9.0, 18.0), processes.Iteration(2.0, 3.0)]
 
-    def run(case, iterations, cache):
+    def run(make_iteration, case, iterations, cache):
         if case.implementation == "ordinary":
             raise BrokenProcessPool
-        return search_step.Run(seconds[0], seconds[1:] * iterations, 10**8, None)
+        return processes.Run(seconds[0], seconds[1:] * iterations, 10**8, None)
 
-    monkeypatch.setattr(search_step, "in_new_process", run)
+    monkeypatch.setattr(processes, "in_new_process", run)
     output = tmp_path / "new" / "report.json"
     config = search_step.Config(("S",), ("unrolled",), ("ordinary",), output=output)
     search_step.main(config)
@@ -144,3 +145,54 @@ def test_torch_takes_the_originals_steps(trajectory, oracle, unpack, torch_refer
             np.testing.assert_allclose(
                 alpha.detach(), recorded[f"{prefix}/alpha_{name}_{i}"], rtol=1e-6
             )
+
+
+@pytest.mark.parametrize("relaxed", [True, False], ids=["relaxed", "discrete"])
+def test_torch_has_the_same_recurrent_model(relaxed, torch_reference, x64):
+    import torch
+
+    from benchmarks import torch_recurrent
+
+    torch.manual_seed(0)
+    cell = None if relaxed else PUBLISHED_RECURRENT["DARTS_V2"]
+    model = torch_recurrent.Model(vocabulary=11, size=6, nodes=8, genotype=cell)
+    with torch.no_grad():
+        for parameter in [*model.parameters(), *model.alphas]:
+            parameter += 0.3 * torch.randn_like(parameter)
+    tokens, hidden = torch.randint(11, (7, 5)), torch.randn(5, 6)
+    logits, last = model(tokens, hidden)
+
+    def array(tensor):
+        return jnp.asarray(tensor.detach().numpy())
+
+    nodes = jnp.stack(list(map(array, model.nodes)))
+    params = {
+        "embedding": array(model.embedding),
+        "bias": array(model.bias),
+        "cell": {"start": array(model.start), "nodes": nodes},
+    }
+    if relaxed:
+        weights = relaxation.softmax(array(model.alphas[0]))
+        running = recurrent.running_statistics(6)
+        cell = language_model.relaxed_cell(running, weights, train=True)
+    else:
+        cell = language_model.discrete_cell(cell)
+    output = language_model.apply(params, array(tokens), array(hidden), cell)
+    np.testing.assert_allclose(output.logits, logits.detach(), rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(output.trajectory.last, last.detach(), rtol=1e-9, atol=1e-10)
+
+
+def test_recurrent_cases_are_those_there_are():
+    cases = list(rnn_step.Config().cases("search-64"))
+    assert processes.Case("search-64", "darts_jax", "unrolled") in cases
+    assert ("search-64", "torch", "unrolled") not in cases
+    assert {case.estimator for case in rnn_step.Config().cases("train-300")} == {"none"}
+
+
+@pytest.mark.parametrize("size", ["search-64", "train-300"])
+def test_recurrent_iterations(size, monkeypatch):
+    monkeypatch.setitem(rnn_step.SIZES, size, rnn_step.Size(4, 2, 2, 10))
+    iterate = rnn_step.make_iteration(processes.Case(size, "darts_jax", "first_order"))
+    losses = [float(iterate()) for _ in range(3)]
+    np.testing.assert_allclose(losses[0], np.log(10), rtol=0.05)
+    assert losses[2] < losses[0]

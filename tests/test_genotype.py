@@ -261,3 +261,13 @@ def test_sampled_cells_are_uniform_over_the_space():
             assert all(abs(n / total - share) < bound for n in counts.values())
     again = genotype.sample(np.random.default_rng(0), num_nodes=2)
     assert again == found[0]
+
+
+def test_sampled_recurrent_cells_are_uniform_over_the_space():
+    rng = np.random.default_rng(0)
+    found = [genotype.sample_recurrent(rng, num_nodes=3) for _ in range(3000)]
+    assert all(genotype.validate(cell) == cell and cell.concat == (1, 2, 3) for cell in found)
+    for node in range(3):
+        counts = Counter(cell.recurrent[node] for cell in found)
+        assert len(counts) == 4 * (node + 1)
+        np.testing.assert_allclose(list(counts.values()), 3000 / len(counts), rtol=0.25)

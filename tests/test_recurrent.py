@@ -251,7 +251,8 @@ def test_recorded_discrete_cell(recorded, unpack, inputs):
 
 def test_recorded_discrete_gradients(recorded, unpack, inputs):
     own = params_of(unpack(recorded, "eval/DARTS_V2/w"))
-    loss = language_model.make_discrete_loss(PUBLISHED_RECURRENT["DARTS_V2"])
+    cell = language_model.discrete_cell(PUBLISHED_RECURRENT["DARTS_V2"])
+    loss = language_model.make_discrete_loss(cell)
     (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(own, inputs("train"))
     prefix = "eval/DARTS_V2/out"
     close(value, recorded[f"{prefix}/loss"])
@@ -336,7 +337,7 @@ def test_padding_changes_nothing(kind):
     tokens, targets = rng.integers(0, 10, (2, 11, 3))
     options = {"dropout": Dropout(0.1, 0.2, 0.3, 0.4, 0.5), "slowness_weight": 0.01}
     running = None
-    loss = language_model.make_discrete_loss(cell, **options)
+    loss = language_model.make_discrete_loss(language_model.discrete_cell(cell), **options)
     if kind == "relaxed":
         running, relaxed_loss = recurrent.running_statistics(4), language_model.make_loss(**options)
 
@@ -387,7 +388,11 @@ def test_evaluation_goes_on_from_window_to_window(params):
     total, tokens = language_model.cross_entropies(output.logits, text[1:], np.ones(11, bool))
     windows = [np.concatenate([part, np.zeros((1, 3), int)]) for part in (text[:-1], text[1:])]
     found = language_model.evaluate(
-        params, cell, *(x.reshape(3, 4, 3) for x in windows), (np.arange(12) < 11).reshape(3, 4)
+        params,
+        cell,
+        whole,
+        *(x.reshape(3, 4, 3) for x in windows),
+        (np.arange(12) < 11).reshape(3, 4),
     )
     close(found[0], total, 1e-12)
     assert found[1] == tokens == 33
@@ -402,3 +407,28 @@ def test_initial_parameters():
     for leaf in drawn:
         assert 0.039 < jnp.abs(leaf).max() < 0.04
         assert abs(leaf.mean()) < 0.003
+
+
+# The LSTM, to compare with.
+
+
+def test_lstm_by_hand():
+    """Hochreiter and Schmidhuber with a forget gate; the mask is on what the gates read alone."""
+    params = recurrent.lstm_params(jax.random.key(0), 3, 4)
+    params = jax.tree.map(lambda p: p + 0.1, params)  # biases that are not zero
+    x, hidden = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(5, 2, 3), (2, 8)]))
+    masks = Masks(jnp.array([[0, 2, 1], [1, 0, 2]]), jnp.array([[2, 0, 1, 1], [0, 1, 2, 1]]))
+    found = recurrent.lstm(params, x, hidden, masks=masks, valid=jnp.arange(5) < 4)
+    memory, output = jnp.split(hidden, 2, axis=1)
+    for t in range(4):
+
+        def gate(name, t=t, output=output):
+            product = (x[t] * masks.input) @ params[f"i{name}"]["kernel"]
+            recurrence = params[f"h{name}"]
+            return product + output * masks.hidden @ recurrence["kernel"] + recurrence["bias"]
+
+        i, f, o = (jax.nn.sigmoid(gate(name)) for name in "ifo")
+        memory = f * memory + i * jnp.tanh(gate("g"))
+        output = o * jnp.tanh(memory)
+        close(found.hiddens[t], output, 1e-12)
+    close(found.last, jnp.concatenate([memory, output], axis=1), 1e-12)

@@ -109,6 +109,17 @@ def test_search_and_training_from_the_command_line(empty_folder, capsys):
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
+def test_lstm_from_the_command_line(empty_folder, capsys):
+    arguments = "smoke --genotype LSTM --train.epochs 1 --workdir run"
+    assert evaluate_rnn.main(arguments.split()) == 0
+    workdir = Path("run")
+    assert (workdir / "sample.txt").exists() and not (workdir / "genotype.json").exists()
+    vocabulary = len(json.loads((workdir / "vocabulary.json").read_text()))
+    output = capsys.readouterr().out
+    assert f"{vocabulary * 9 + 4 * 8 * 17:,}" in output
+    assert 10 < math.exp(lines_of("run", "epoch")[-1]["eval_loss"]) < 2 * vocabulary
+
+
 def small(**options):
     config = search_rnn.PRESETS["smoke"][1]
     return dataclasses.replace(config, **options)
@@ -217,7 +228,7 @@ def test_samples_follow_the_model():
         after = jnp.roll(x[0], 1, axis=-1) / 100
         return language_model.Trajectory(after[None], after, None)
 
-    drawn = evaluate_rnn.sample(jax.random.key(1), params, cell, 0, 7)
+    drawn = language_model.sample(jax.random.key(1), params, cell, jnp.zeros((1, size)), 0, 7)
     np.testing.assert_array_equal(drawn, [1, 2, 3, 4, 0, 1, 2])
 
 
