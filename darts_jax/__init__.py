@@ -39,6 +39,7 @@ _MODULES = (
     "recurrent",
     "relaxation",
     "search",
+    "stream",
     "text",
     "training",
 )

@@ -53,6 +53,11 @@ class Dataset(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of one image."""
+        return self.train.images.shape[1:]
+
 
 def load(name: str, path: str | None = None, limit: int | None = None) -> Dataset:
     """Loads a dataset by its name, one of `NAMES`.
@@ -200,6 +205,18 @@ def _shuffle_and_split(
 
 
 def _read_tfds(name: str, path: str | None) -> tuple[Split, Split]:
+    builder = open_prepared(name, path)
+    with quiet_absl():
+        source = builder.as_data_source()
+        return _stack(source["train"]), _stack(source["test"])
+
+
+def open_prepared(name: str, path: str | None) -> Any:
+    """The builder of a dataset of TensorFlow Datasets that has been prepared in array_record.
+
+    Raises:
+      ValueError: if it has not, naming the command that does it.
+    """
     folder = f", data_dir={path!r}" if path else ""
     remedy = (
         "prepare it: pip install -e '.[tfds-prepare]' && python -c"
@@ -212,7 +229,7 @@ def _read_tfds(name: str, path: str | None) -> tuple[Split, Split]:
         raise ValueError(f"dataset {name!r} needs array_record; pip install array_record")
     import tensorflow_datasets as tfds
 
-    with _quiet_absl():
+    with quiet_absl():
         builder = tfds.builder(name, data_dir=path)
         if not builder.is_prepared():
             raise ValueError(f"dataset {name!r} is not prepared in {builder.data_dir}; {remedy}")
@@ -221,13 +238,12 @@ def _read_tfds(name: str, path: str | None) -> tuple[Split, Split]:
                 f"dataset {name!r} in {builder.data_dir} is prepared in another format than"
                 f" array_record; move it away and {remedy}"
             )
-        source = builder.as_data_source()
-        return _stack(source["train"]), _stack(source["test"])
+        return builder
 
 
 @contextmanager
-def _quiet_absl() -> Iterator[None]:
-    # TensorFlow Datasets warns of what is reported here in one line, and of OpenCV's absence.
+def quiet_absl() -> Iterator[None]:
+    """Inside, TensorFlow Datasets does not warn of what is reported here in one line."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -10,32 +10,23 @@ them as a file that runs on its own, and what `experiments.runner` writes. The s
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from rich.table import Table
 from rich.text import Text
 
-from darts_jax import data, genotype, prediction, training
+from darts_jax import genotype, prediction, training
 from darts_jax.evaluation import EvaluationNetwork, count_parameters, multiply_adds
-from darts_jax.genotype import Genotype
-from experiments import command_line, runner
-from experiments.config import (
-    DataConfig,
-    WConfig,
-    check_data,
-    check_w,
-    w_optimizer,
-    w_schedule,
-)
-from experiments.images import make_augment, plain_batch
+from experiments import command_line, images, runner
+from experiments.config import check_w, w_optimizer, w_schedule
+from experiments.evaluation_config import PRESETS, Config
 from experiments.memory import peak_memory
 from experiments.metrics import Display
 from experiments.sources import newest_search, saved_genotype
@@ -43,145 +34,6 @@ from experiments.sources import newest_search, saved_genotype
 MODULE = "experiments.evaluate_cnn"
 DEFAULT_GENOTYPE = "DARTS_V2"  # where nothing has been searched yet
 EXPORTED = "model.export"  # file of a workdir
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """The network of the cells."""
-
-    channels: int = 36
-    """Channels of each node in the first cell."""
-    layers: int = 20
-    """Cells, at least 3: those at 1/3 and 2/3 of the depth are reduction cells."""
-    auxiliary: bool = True
-    """Train a second classifier, at 2/3 of the depth; needs images of 32x32."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Training from scratch."""
-
-    epochs: int = 600
-    """Passes over the training images."""
-    batch_size: int = 96
-    """Images in a batch."""
-    accumulate: int = 1
-    """Batches whose gradients are averaged for one step of the weights."""
-    portion: float = 1.0
-    """Share of the training images to train on. Below 1, the others take the place of the test
-    images, to choose a network by."""
-    drop_path: float = 0.2
-    """Probability that the output of an edge is dropped; rises to this from 0, epoch by epoch."""
-    auxiliary_weight: float = 0.4
-    """Weight of the loss of the second classifier."""
-    label_smoothing: float = 0.0
-    """Share of a label's weight that is spread over all classes."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the arithmetic of convolutions; parameters, statistics and losses are float32."""
-    remat: bool = False
-    """Compute the inside of each cell twice, to save memory."""
-    w: WConfig = field(default_factory=lambda: WConfig(learning_rate_min=0.0))
-
-
-@dataclass(frozen=True)
-class Config:
-    """All that decides what is trained."""
-
-    data: DataConfig
-    genotype: str | None = None
-    """Cells: a JSON file or a published name; None for those of the newest search in runs/."""
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    seeds: int = 1
-    """Networks to train side by side: by this seed and those that follow it."""
-    seed: int = 0
-    """Of everything random: parameters, order of the images, augmentation, drop path."""
-    log_every: int = 10
-    """Steps from one line of metrics.jsonl to the next."""
-    workdir: Path | None = None
-    """Folder to write to, and to resume from; None for runs/evaluate_cnn-PRESET-seedSEED."""
-    cells: Annotated[Genotype | None, tyro.conf.Suppress] = None
-    """What `genotype` stands for."""
-
-
-# Digits are not mirror symmetric, and an 8x8 image loses a stroke to a shift of more than a pixel.
-DIGITS = Config(
-    data=DataConfig("digits", crop=1, flip=False),
-    network=NetworkConfig(channels=8, layers=5, auxiliary=False),
-    train=TrainConfig(epochs=20, batch_size=32, drop_path=0.0, w=WConfig(learning_rate_min=0.0)),
-)
-# "paper:" is section 3.2.1 and appendix A.2.1 of arXiv 1806.09055v2, "code:" train.py of
-# quark0/darts where the paper is silent or differs.
-PAPER = Config(
-    data=DataConfig(
-        "cifar10",
-        crop=4,  # code: RandomCrop(32, padding=4)
-        flip=True,  # code: RandomHorizontalFlip
-        cutout=16,  # paper: cutout; code: of 16 pixels
-    ),
-    network=NetworkConfig(
-        channels=36,  # paper
-        layers=20,  # paper
-        auxiliary=True,  # paper
-    ),
-    train=TrainConfig(
-        epochs=600,  # paper
-        batch_size=96,  # paper
-        drop_path=0.2,  # paper
-        auxiliary_weight=0.4,  # paper
-        label_smoothing=0.0,  # code
-        w=WConfig(
-            learning_rate=0.025,  # paper
-            schedule="cosine",  # paper
-            learning_rate_min=0.0,  # paper
-            momentum=0.9,  # paper
-            weight_decay=3e-4,  # paper
-            clip=5.0,  # code
-        ),
-    ),
-    log_every=50,  # code: report_freq
-)
-PRESETS = {
-    "digits": ("8x8 handwritten digits (embedded), minutes on two cores", DIGITS),
-    "mnist5k": (
-        "28x28 handwritten digits (embedded), tens of minutes on two cores",
-        replace(
-            DIGITS,
-            data=DataConfig("mnist5k", crop=2, flip=False),
-            train=replace(DIGITS.train, epochs=10, batch_size=64),
-        ),
-    ),
-    "cifar10": (
-        "CIFAR-10 by TensorFlow Datasets, smaller and shorter than the paper's",
-        replace(
-            PAPER,
-            network=NetworkConfig(channels=16, layers=8),
-            train=replace(PAPER.train, epochs=100, drop_path=0.1),
-        ),
-    ),
-    "paper": ("CIFAR-10, the values of the paper", PAPER),
-    "cifar100": (
-        "CIFAR-100, else as paper",
-        replace(PAPER, data=replace(PAPER.data, name="cifar100")),
-    ),
-    "smoke": (
-        "a few steps on a few digits, to see that all works",
-        replace(
-            DIGITS,
-            data=replace(DIGITS.data, limit=64),
-            network=NetworkConfig(channels=2, layers=3, auxiliary=False),
-            train=replace(DIGITS.train, epochs=2, drop_path=0.1),
-            log_every=1,
-        ),
-    ),
-}
-
-
-class Images(NamedTuple):
-    """What lives on the device: images to train on, and to test by."""
-
-    train: data.Split
-    test: data.Split
 
 
 class Outcome(NamedTuple):
@@ -209,26 +61,24 @@ def evaluation_network(config: Config, num_classes: int) -> EvaluationNetwork:
         config.network.channels,
         config.network.layers,
         num_classes,
+        stem=config.network.stem,
         auxiliary=config.network.auxiliary,
         dtype=jnp.dtype(config.train.precision),
         remat=config.train.remat,
     )
 
 
-def make_job(config: Config, dataset: data.Dataset) -> runner.Job:
+def make_job(config: Config, dataset: images.ImageData) -> runner.Job:
     """The training as the runner takes it; the first axis of every state is that of the seeds.
 
     Raises:
       ValueError: if the images are too few for a batch. The job's `init`: if they do not fit the
         network.
     """
-    train_config, batch_size = config.train, config.train.batch_size
+    train_config = config.train
     seeds = range(config.seed, config.seed + config.seeds)
-    images = Images(dataset.train, dataset.test)
-    if train_config.portion < 1:
-        images = Images(*data.split_search(dataset.train, train_config.portion))
-    train_size, test_size = len(images.train.labels), len(images.test.labels)
-    steps_per_epoch = len(data.epoch_indices(config.seed, 0, train_size, batch_size))
+    feed = images.make_feed(config, dataset)
+    steps_per_epoch = feed.steps_per_epoch
     network = evaluation_network(config, dataset.num_classes)
     schedule = w_schedule(
         train_config.w, train_config.epochs, max(1, steps_per_epoch // train_config.accumulate)
@@ -239,32 +89,30 @@ def make_job(config: Config, dataset: data.Dataset) -> runner.Job:
     step = training.make_step(
         network, optimizer, train_config.label_smoothing, train_config.auxiliary_weight
     )
-    augmented = make_augment(config.data, dataset)
     evaluate = training.make_evaluate(network)
 
     def init() -> training.TrainState:
-        shape = dataset.train.images.shape[1:]
+        shape = dataset.image_shape
         states = [training.init(jax.random.key(seed), network, optimizer, shape) for seed in seeds]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        return feed.replicate(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
 
     @partial(jax.jit, donate_argnums=0)
-    def train_step(states, images: Images, indices):
-        def one(state, indices):
+    def train_step(states, data, items):
+        def one(state, item):
             drop_path = None
             if train_config.drop_path:
                 epoch = state.step // steps_per_epoch
                 drop_path = train_config.drop_path * epoch / train_config.epochs
             # The step folds its number into the key: this is not one of those keys.
             key, _ = jax.random.split(jax.random.fold_in(state.key, state.step))
-            return step(state, augmented(key, images.train, indices), drop_path)
+            return step(state, feed.train_batch(key, data, item), drop_path)
 
-        states, metrics = jax.vmap(one)(states, indices)
+        states, metrics = jax.vmap(one)(states, items)
         return states, jax.tree.map(jnp.mean, metrics)
 
     @jax.jit
-    def eval_step(states, images: Images, batch):
-        indices, mask = batch
-        plain = plain_batch(dataset, images.test, indices)
+    def eval_step(states, data, item):
+        plain, mask = feed.eval_batch(data, item)
         sums = jax.vmap(lambda state: evaluate(state, plain, mask))(states)
         named = {f"eval_{name}": values for name, values in sums._asdict().items()}
         means = {name: values.mean() for name, values in named.items()}
@@ -273,31 +121,27 @@ def make_job(config: Config, dataset: data.Dataset) -> runner.Job:
             means |= {f"{name}_of_seed_{seed}": value for seed, value in each}
         return means, mask.sum()
 
-    def train_batches(epoch: int) -> list[np.ndarray]:
-        orders = [data.epoch_indices(seed, epoch, train_size, batch_size) for seed in seeds]
-        return list(np.stack(orders, axis=1))
-
     return runner.Job(
         name="training step",
         init=init,
-        train_step=train_step,
-        eval_step=eval_step,
-        data=jax.device_put(images),
-        train_batches=train_batches,
-        eval_batches=list(data.padded_indices(test_size, min(batch_size, test_size))),
+        train_step=lambda states, data, items: train_step(states, data, feed.place(items, 1)),
+        eval_step=lambda states, data, item: eval_step(states, data, feed.place(item, 0)),
+        data=feed.data,
+        train_batches=feed.train_batches,
+        eval_batches=feed.eval_batches,
         epochs=train_config.epochs,
         steps_per_epoch=steps_per_epoch,
         end_epoch=lambda states: {},
     )
 
 
-def train(config: Config, dataset: data.Dataset, workdir: Path, display: Display) -> Outcome:
+def train(config: Config, dataset: images.ImageData, workdir: Path, display: Display) -> Outcome:
     """Trains the cells of a config, whose `cells` are set, and saves the networks."""
     with command_line.user_errors():
         job = make_job(config, dataset)
     result = runner.run(job, config, workdir, config.log_every, display)
     network = evaluation_network(config, dataset.num_classes)
-    shape = dataset.train.images.shape[1:]
+    shape = dataset.image_shape
     with display.phase("saving the network"), runner.writing(workdir):
         genotype.save(config.cells, workdir / "genotype.json")
         variables = {"params": result.state.params, "batch_stats": result.state.batch_stats}
@@ -351,8 +195,7 @@ def summary(
 
 def check(config: Config) -> None:
     """Raises a ValueError for what can be seen to be wrong before anything is loaded."""
-    data.check(config.data.name)
-    check_data(config.data)
+    images.check(config)
     train_config = config.train
     command_line.check_at_least(
         ("network.channels", config.network.channels, 2),
@@ -405,7 +248,7 @@ def run(argv: Sequence[str]) -> None:
     with Display() as display:
         display.console.print(f"cells: {config.genotype}", soft_wrap=True, highlight=False)
         with command_line.user_errors(), display.phase(f"loading {config.data.name}"):
-            dataset = data.load(config.data.name, config.data.path, config.data.limit)
+            dataset = images.load(config)
         outcome = train(config, dataset, workdir, display)
     command = command_line.next_command(MODULE, argv, config.seed + config.seeds)
     display.console.print(summary(config, outcome, dataset.num_classes, workdir, command))

@@ -1,17 +1,28 @@
-"""Batches of images that are taken from the device, and augmented there."""
+"""Images as a training takes them: from the device, or as a stream of batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from darts_jax import data, stream
 from darts_jax.augment import augment, normalize
 from darts_jax.data import Dataset, Split
 from darts_jax.search import Batch
-from experiments.config import DataConfig
+from darts_jax.stream import Stream
+from experiments.command_line import check_at_least
+from experiments.config import DataConfig, check_data
+from experiments.evaluation_config import Config
+
+PyTree = Any
+ImageData = Dataset | Stream
+AXIS = "data"  # of the devices, over which a streamed batch is spread
 
 
 def make_augment(
-    config: DataConfig, dataset: Dataset
+    config: DataConfig, dataset: ImageData
 ) -> Callable[[jax.Array, Split, jax.Array], Batch]:
     """`augmented(key, split, indices) -> Batch`: the images at these indices, drawn anew."""
 
@@ -34,3 +45,156 @@ def plain_batch(dataset: Dataset, split: Split, indices: jax.Array) -> Batch:
     """The images at these indices as they are, normalised."""
     images = normalize(split.images[indices], dataset.mean, dataset.std)
     return Batch(images, split.labels[indices])
+
+
+class Images(NamedTuple):
+    """What lives on the device: images to train on, and to test by."""
+
+    train: Split
+    test: Split
+
+
+class Feed(NamedTuple):
+    """Where a training has its batches from.
+
+    Attributes:
+      data: what lives on the device.
+      steps_per_epoch: batches in an epoch.
+      train_batches: epoch, from 0 -> its items; the first axis of each is that of the seeds.
+      eval_batches: the items that all there is to test on is in.
+      train_batch: (key, data, item of one seed) -> `Batch`, augmented; for jit.
+      eval_batch: (data, item) -> (`Batch`, mask); for jit.
+      place: (item, axis of its images) -> the item on the devices.
+      replicate: state -> the state on all devices.
+    """
+
+    data: PyTree
+    steps_per_epoch: int
+    train_batches: Callable[[int], Sequence[Any]]
+    eval_batches: Sequence[Any]
+    train_batch: Callable[[jax.Array, PyTree, Any], Batch]
+    eval_batch: Callable[[PyTree, Any], tuple[Batch, jax.Array]]
+    place: Callable[[Any, int], Any] = lambda item, axis: item
+    replicate: Callable[[PyTree], PyTree] = lambda state: state
+
+
+def check(config: Config) -> None:
+    """Raises a ValueError for what can be seen to be wrong before anything is loaded."""
+    check_data(config.data)
+    if config.data.name not in stream.NAMES:
+        data.check(config.data.name)
+        return
+    own, batch_size, devices = config.stream, config.train.batch_size, jax.device_count()
+    stream.check(config.data.name)
+    check_at_least(
+        ("stream.size", own.size, 1),
+        ("stream.colours", own.colours, 0),
+        ("stream.hue", own.hue, 0),
+        ("stream.workers", own.workers, 0),
+    )
+    if config.seeds > 1 or config.train.portion < 1:
+        raise ValueError(
+            f"{config.data.name} is read as a stream, of one order and as a whole; leave --seeds"
+            " and --train.portion at 1"
+        )
+    if batch_size % devices:
+        raise ValueError(
+            f"a batch of {batch_size} cannot be spread evenly over {devices} devices; give a"
+            f" --train.batch-size that is a multiple of {devices}"
+        )
+
+
+def load(config: Config) -> ImageData:
+    """Loads the dataset of a config, or opens it as a stream."""
+    own = config.data
+    if own.name in stream.NAMES:
+        return stream.load(own.name, own.path, own.limit, config.stream.size)
+    return data.load(own.name, own.path, own.limit)
+
+
+def make_feed(config: Config, dataset: ImageData) -> Feed:
+    """The batches of a training.
+
+    Raises:
+      ValueError: if the images are too few for a batch.
+    """
+    if isinstance(dataset, Stream):
+        return _stream_feed(config, dataset)
+    return _device_feed(config, dataset)
+
+
+def _device_feed(config: Config, dataset: Dataset) -> Feed:
+    train, test = dataset.train, dataset.test
+    if config.train.portion < 1:
+        train, test = data.split_search(dataset.train, config.train.portion)
+    batch_size, train_size, test_size = config.train.batch_size, len(train.labels), len(test.labels)
+    augmented = make_augment(config.data, dataset)
+    seeds = range(config.seed, config.seed + config.seeds)
+
+    def train_batches(epoch: int) -> list[np.ndarray]:
+        orders = [data.epoch_indices(seed, epoch, train_size, batch_size) for seed in seeds]
+        return list(np.stack(orders, axis=1))
+
+    def eval_batch(images: Images, item: tuple[jax.Array, jax.Array]):
+        indices, mask = item
+        return plain_batch(dataset, images.test, indices), mask
+
+    return Feed(
+        jax.device_put(Images(train, test)),
+        len(train_batches(0)),
+        train_batches,
+        list(data.padded_indices(test_size, min(batch_size, test_size))),
+        lambda key, images, indices: augmented(key, images.train, indices),
+        eval_batch,
+    )
+
+
+def _stream_feed(config: Config, dataset: Stream) -> Feed:
+    """Batches from worker processes, each spread over all devices."""
+    own, batch_size = config.stream, config.train.batch_size
+    jitter = stream.Jitter(own.colours, own.colours, own.colours, own.hue)
+    mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def train_batches(epoch: int) -> stream.Batches:
+        return stream.train_batches(
+            dataset,
+            config.seed,
+            epoch,
+            batch_size,
+            flip=config.data.flip,
+            jitter=jitter,
+            workers=own.workers,
+        )
+
+    def train_batch(key: jax.Array, _: None, split: Split) -> Batch:
+        images = augment(
+            key,
+            split.images,
+            dataset.mean,
+            dataset.std,
+            padding=config.data.crop,
+            mirror=False,  # the workers do it
+            cutout_size=config.data.cutout,
+        )
+        return Batch(images, split.labels)
+
+    def eval_batch(_: None, item: tuple[Split, jax.Array]) -> tuple[Batch, jax.Array]:
+        split, mask = item
+        return Batch(normalize(split.images, dataset.mean, dataset.std), split.labels), mask
+
+    def place(item: PyTree, axis: int) -> PyTree:
+        spread = NamedSharding(mesh, PartitionSpec(*(None,) * axis, AXIS))
+        if axis:  # that of the seeds, which is one
+            item = jax.tree.map(lambda x: x[None], item)
+        return jax.device_put(item, spread)
+
+    return Feed(
+        None,
+        len(train_batches(0)),
+        train_batches,
+        stream.test_batches(dataset, batch_size, workers=own.workers),
+        train_batch,
+        eval_batch,
+        place,
+        lambda state: jax.device_put(state, NamedSharding(mesh, PartitionSpec())),
+    )

@@ -20,9 +20,9 @@ import jax
 from rich.table import Table
 
 from darts_jax import data
-from experiments import command_line, evaluate_cnn, report, runner, search_cnn
+from experiments import command_line, evaluate_cnn, evaluation_config, report, runner, search_cnn
 from experiments.config import DataConfig
-from experiments.evaluate_cnn import TrainConfig
+from experiments.evaluation_config import TrainConfig
 from experiments.metrics import Display
 from experiments.search_cnn import SearchConfig
 from experiments.selection import (
@@ -47,7 +47,7 @@ class Config:
     supernet: search_cnn.NetworkConfig
     search: SearchConfig
     """The estimator is set by the pipeline."""
-    network: evaluate_cnn.NetworkConfig
+    network: evaluation_config.NetworkConfig
     """Its channels fix the budget: the parameters of the paper's cells with so many."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Of the cells that were chosen."""

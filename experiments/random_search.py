@@ -18,7 +18,7 @@ from rich.text import Text
 from darts_jax import data, genotype, plots
 from experiments import command_line, evaluate_cnn, runner
 from experiments.config import DataConfig
-from experiments.evaluate_cnn import NetworkConfig, TrainConfig
+from experiments.evaluation_config import NetworkConfig, TrainConfig
 from experiments.metrics import Display
 from experiments.selection import Candidate, save_random, train_briefly
 

@@ -162,7 +162,7 @@ def run(job: Job, config: Any, workdir: Path, log_every: int, display: Display) 
             )
             for name, function, batch in examples:
                 # Of a copy, since a step may donate the state.
-                copy = jax.device_put(saved.state, may_alias=False)
+                copy = jax.tree.map(lambda x: x.copy(), saved.state)
                 call = partial(function, copy, job.data, batch)
                 _compile(call, name, step, display, stop)
             compile_seconds = time.monotonic() - start

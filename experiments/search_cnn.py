@@ -257,7 +257,7 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
     step = search.make_step(network, make_estimator(config.search, w), w, alpha)
 
     def init() -> search.SearchState:
-        shape = dataset.train.images.shape[1:]
+        shape = dataset.image_shape
         return search.init(jax.random.key(seed), network, w, alpha, shape)
 
     def train_batches(epoch: int) -> list[Indices]:

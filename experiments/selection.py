@@ -96,6 +96,6 @@ def nearest_size(count: Callable[[int], int], parameters: int, sizes: range) -> 
 def parameter_count(config: Config, dataset: data.Dataset) -> int:
     """Parameters of the network of a config, without its auxiliary head."""
     network = evaluation_network(config, dataset.num_classes).clone(auxiliary=False)
-    images = jnp.zeros((1, *dataset.train.images.shape[1:]))
+    images = jnp.zeros((1, *dataset.image_shape))
     shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), images, train=True))
     return count_parameters(shapes["params"])

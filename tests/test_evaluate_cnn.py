@@ -13,7 +13,8 @@ from cheap_cells import CHEAP
 
 from darts_jax import data, genotype, prediction, training
 from experiments import evaluate_cnn
-from experiments.evaluate_cnn import PRESETS, Config, NetworkConfig, TrainConfig
+from experiments.config import DataConfig
+from experiments.evaluation_config import PRESETS, Config, NetworkConfig, TrainConfig
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def epochs_of(workdir):
 def test_paper_preset():
     """Section 3.2 and appendix A.2 of arXiv 1806.09055, and what the released code adds."""
     paper = dataclasses.asdict(PRESETS["paper"][1])
-    assert paper["network"] == {"channels": 36, "layers": 20, "auxiliary": True}
+    assert paper["network"] == {"channels": 36, "layers": 20, "auxiliary": True, "stem": "cifar"}
     assert paper["data"] == {
         "name": "cifar10",
         "path": None,
@@ -69,8 +70,29 @@ def test_paper_preset():
     }
 
 
+def test_imagenet_preset():
+    """Section 3.2.3 and appendix A.2.3, and train_imagenet.py of the released code."""
+    paper = PRESETS["imagenet"][1]
+    assert paper.network == NetworkConfig(48, 14, auxiliary=True, stem="imagenet")
+    assert (paper.train.epochs, paper.train.batch_size, paper.train.drop_path) == (250, 128, 0)
+    assert (paper.train.label_smoothing, paper.train.auxiliary_weight) == (0.1, 0.4)
+    w = paper.train.w
+    assert (w.schedule, w.learning_rate, w.decay, w.decay_epochs) == ("step", 0.1, 0.97, 1)
+    assert (w.momentum, w.weight_decay, w.clip) == (0.9, 3e-5, 5)
+    assert (paper.stream.size, paper.stream.colours, paper.stream.hue) == (224, 0.4, 0.2)
+    assert (paper.data.flip, paper.data.crop, paper.data.cutout) == (True, 0, 0)
+
+
 def test_presets():
-    assert list(PRESETS) == ["digits", "mnist5k", "cifar10", "paper", "cifar100", "smoke"]
+    assert list(PRESETS) == [
+        "digits",
+        "mnist5k",
+        "cifar10",
+        "paper",
+        "cifar100",
+        "imagenet",
+        "smoke",
+    ]
     for _, config in PRESETS.values():
         evaluate_cnn.check(config)
 
@@ -155,7 +177,7 @@ def numbered_job(monkeypatch, train=None, seeds=1, size=20):
     monkeypatch.setattr(training, "make_step", make_step)
     monkeypatch.setattr(training, "init", init)
     config = Config(
-        evaluate_cnn.DataConfig("digits", crop=0, flip=False),
+        DataConfig("digits", crop=0, flip=False),
         network=NetworkConfig(2, 3, auxiliary=False),
         train=train or TrainConfig(epochs=4, batch_size=4, drop_path=0.0),
         seeds=seeds,
