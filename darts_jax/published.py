@@ -79,6 +79,74 @@ CELLS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
         ),
         "reduce_concat": (3, 4, 6),
     },
+    # Chen et al. 2019, arXiv 1904.12760, as released in chenxin061/pdarts.
+    "P_DARTS": {
+        "normal": (
+            ("skip_connect", 0), ("dil_conv_3x3", 1),
+            ("skip_connect", 0), ("sep_conv_3x3", 1),
+            ("sep_conv_3x3", 1), ("sep_conv_3x3", 3),
+            ("sep_conv_3x3", 0), ("dil_conv_5x5", 4),
+        ),
+        "normal_concat": (2, 3, 4, 5),
+        "reduce": (
+            ("avg_pool_3x3", 0), ("sep_conv_5x5", 1),
+            ("sep_conv_3x3", 0), ("dil_conv_5x5", 2),
+            ("max_pool_3x3", 0), ("dil_conv_3x3", 1),
+            ("dil_conv_3x3", 1), ("dil_conv_5x5", 3),
+        ),
+        "reduce_concat": (2, 3, 4, 5),
+    },
+    # On CIFAR-10: Xu et al. 2020, arXiv 1907.05737, as released in yuhuixu1993/PC-DARTS.
+    "PC_DARTS": {
+        "normal": (
+            ("sep_conv_3x3", 1), ("skip_connect", 0),
+            ("sep_conv_3x3", 0), ("dil_conv_3x3", 1),
+            ("sep_conv_5x5", 0), ("sep_conv_3x3", 1),
+            ("avg_pool_3x3", 0), ("dil_conv_3x3", 1),
+        ),
+        "normal_concat": (2, 3, 4, 5),
+        "reduce": (
+            ("sep_conv_5x5", 1), ("max_pool_3x3", 0),
+            ("sep_conv_5x5", 1), ("sep_conv_5x5", 2),
+            ("sep_conv_3x3", 0), ("sep_conv_3x3", 3),
+            ("sep_conv_3x3", 1), ("sep_conv_3x3", 2),
+        ),
+        "reduce_concat": (2, 3, 4, 5),
+    },
+    # GDAS_V1: Dong and Yang 2019, arXiv 1910.04465, as released in D-X-Y/AutoDL-Projects.
+    "GDAS": {
+        "normal": (
+            ("skip_connect", 0), ("skip_connect", 1),
+            ("skip_connect", 0), ("sep_conv_5x5", 2),
+            ("sep_conv_3x3", 3), ("skip_connect", 0),
+            ("sep_conv_5x5", 4), ("sep_conv_3x3", 3),
+        ),
+        "normal_concat": (2, 3, 4, 5),
+        "reduce": (
+            ("sep_conv_5x5", 0), ("sep_conv_3x3", 1),
+            ("sep_conv_5x5", 2), ("sep_conv_5x5", 1),
+            ("dil_conv_5x5", 2), ("sep_conv_3x3", 1),
+            ("sep_conv_5x5", 0), ("sep_conv_5x5", 1),
+        ),
+        "reduce_concat": (2, 3, 4, 5),
+    },
+    # On CIFAR-10: Chen et al. 2021, arXiv 2006.10355, as released in xiangning-chen/DrNAS.
+    "DrNAS": {
+        "normal": (
+            ("sep_conv_3x3", 0), ("sep_conv_5x5", 1),
+            ("sep_conv_3x3", 1), ("sep_conv_3x3", 2),
+            ("skip_connect", 0), ("sep_conv_3x3", 1),
+            ("sep_conv_3x3", 2), ("dil_conv_5x5", 3),
+        ),
+        "normal_concat": (2, 3, 4, 5),
+        "reduce": (
+            ("max_pool_3x3", 0), ("sep_conv_5x5", 1),
+            ("dil_conv_5x5", 2), ("sep_conv_5x5", 1),
+            ("sep_conv_5x5", 1), ("dil_conv_5x5", 3),
+            ("skip_connect", 4), ("sep_conv_5x5", 1),
+        ),
+        "reduce_concat": (2, 3, 4, 5),
+    },
 })
 
 RECURRENT_CELLS: Mapping[str, Mapping[str, Any]] = MappingProxyType({

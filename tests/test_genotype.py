@@ -225,7 +225,11 @@ def test_load_refuses_what_is_not_a_genotype_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "names"),
-    [("darts_v3", "DARTS_V2, DARTS_V1"), ("nasnet", "NASNet, AmoebaNet"), ("", "DARTS_V1, .*Net$")],
+    [
+        ("darts_v3", "DARTS_V2, DARTS_V1"),
+        ("nasnet", "NASNet, .*AmoebaNet"),
+        ("", "DARTS_V1, .*Net$"),
+    ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name, names):
     assert genotype.nearest("amebanet", PUBLISHED).startswith("AmoebaNet")
