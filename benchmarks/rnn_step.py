@@ -203,11 +203,11 @@ def torch_iteration(case: Case) -> Callable[[], Any]:
 
 def table(measurements: list[dict[str, Any]]) -> Table:
     """The figures as a person reads them; tokens are those of the training batch."""
-    view = Table(title="One iteration", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    view = Table(title="Seconds of one iteration", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for name in ("", "estimator", "code"):
         view.add_column(name, no_wrap=True)
-    for name in ("compile s", "median s", "tokens/s", "peak MB", "XLA MB"):
-        view.add_column(name, justify="right")
+    for name in ("compile", "median", "tokens/s", "peak MB", "XLA MB"):
+        view.add_column(name, justify="right", no_wrap=True)
     for m in measurements:
         names = (m["size"], m["estimator"], m["implementation"])
         if "error" in m:
