@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import ordinary, processes, rnn_step, search_step
+from benchmarks import evaluation_step, ordinary, processes, rnn_step, search_step
 from darts_jax import language_model, networks, recurrent, relaxation, search
 from darts_jax.genotype import PUBLISHED_RECURRENT
 
@@ -196,3 +196,8 @@ def test_recurrent_iterations(size, monkeypatch):
     losses = [float(iterate()) for _ in range(3)]
     np.testing.assert_allclose(losses[0], np.log(10), rtol=0.05)
     assert losses[2] < losses[0]
+
+
+def test_evaluation_step():
+    case = processes.Case("3", "darts_jax", "none")
+    assert np.isfinite(float(evaluation_step.make_iteration(2, 2, case)()))
