@@ -156,8 +156,10 @@ def spread(values: Sequence[float]) -> str:
 def summary(rows: Sequence[Row], corpus: Corpus, seeds: int) -> Table:
     """The table that the experiment ends with."""
     title = f"Perplexity a word over {seeds} seeds, at one budget of parameters"
-    columns = ("cell", "validation", "test", "parameters", "size")
-    table = Table(*columns, title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    table.add_column("cell", overflow="fold")
+    for column in ("validation", "test", "parameters", "size"):
+        table.add_column(column, no_wrap=True)
     for row in rows:
         table.add_row(
             row.name, spread(row.valid), spread(row.test), f"{row.parameters:,}", str(row.size)
