@@ -115,7 +115,9 @@ def init_params(key: Array, vocabulary: int, size: int, num_nodes: int) -> PyTre
     return params | {"bias": jnp.zeros(vocabulary)}
 
 
-def draw_masks(key: Array, dropout: Dropout, batch: int, size: int, vocabulary: int) -> ModelMasks:
+def draw_masks(
+    key: Array, dropout: Dropout, batch: int, size: int, vocabulary: int, dtype: Any = jnp.float32
+) -> ModelMasks:
     """The masks of one batch of sequences."""
     shapes = ModelMasks(
         (vocabulary, 1), (batch, size), (batch, size), Masks((batch, size), (batch, size))
@@ -127,7 +129,7 @@ def draw_masks(key: Array, dropout: Dropout, batch: int, size: int, vocabulary: 
     leaves, treedef = jax.tree.flatten(shapes, is_leaf=is_shape)
     keys = jax.random.split(key, len(leaves))
     return treedef.unflatten(
-        jax.random.bernoulli(k, 1 - rate, shape) / (1 - rate)
+        (jax.random.bernoulli(k, 1 - rate, shape) / (1 - rate)).astype(dtype)
         for k, shape, rate in zip(keys, leaves, jax.tree.leaves(rates), strict=True)
     )
 
@@ -243,7 +245,9 @@ def _loss(params, cell, inputs, dropout, slowness_weight):
     vocabulary, size = params["embedding"].shape
     masks = None
     if any(dropout):
-        masks = draw_masks(batch.key, dropout, batch.tokens.shape[1], size, vocabulary)
+        masks = draw_masks(
+            batch.key, dropout, batch.tokens.shape[1], size, vocabulary, params["embedding"].dtype
+        )
     output = apply(params, batch.tokens, inputs.hidden, cell, masks, batch.valid)
     total, count = cross_entropies(output.logits, batch.targets, batch.valid)
     cross_entropy = value = total / count

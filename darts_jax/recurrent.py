@@ -140,6 +140,8 @@ def relaxed(
             states.append(s)
         return sum(states) / num_nodes, running
 
+    # Statistics are of float32 at least, and a scan keeps the dtypes of what it carries.
+    running = jax.tree.map(lambda r: r.astype(jnp.promote_types(r.dtype, jnp.float32)), running)
     return _scan(cell, x, hidden, running, valid)
 
 

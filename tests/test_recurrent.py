@@ -432,3 +432,18 @@ def test_lstm_by_hand():
         output = o * jnp.tanh(memory)
         close(found.hiddens[t], output, 1e-12)
     close(found.last, jnp.concatenate([memory, output], axis=1), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_other_precisions(dtype, params, inputs, recorded):
+    """The loss of everything in a narrower dtype, dropout too; statistics stay of float32."""
+    loss = language_model.make_loss(Dropout(0.1, 0.1, 0.1, 0.1, 0.1))
+    arguments = params, jnp.asarray(recorded["search/alpha"]), inputs("train")
+    exact, _ = loss(*arguments)
+    narrow = jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, arguments
+    )
+    value, aux = loss(*narrow)
+    assert aux.logits.dtype == aux.hidden.dtype == dtype
+    assert aux.running.mean.dtype == "float32"
+    np.testing.assert_allclose(value, exact, rtol={"bfloat16": 1e-2, "float32": 1e-6}[dtype])
