@@ -44,7 +44,9 @@ class TrainConfig:
     """Weight of the loss of the second classifier."""
     label_smoothing: float = 0.0
     """Share of a label's weight that is spread over all classes."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Annotated[Literal["float32", "bfloat16"], tyro.conf.arg(aliases=["--precision"])] = (
+        "float32"
+    )
     """Of the arithmetic of convolutions; parameters, statistics and losses are float32."""
     remat: bool = False
     """Compute the inside of each cell twice, to save memory."""

@@ -78,12 +78,11 @@ def full_config(config: Config, source: str) -> evaluate_cnn.Config:
     """The training of the best cells."""
     whole = evaluate_cnn.Config(
         config.data,
-        None,
-        config.network,
-        config.train,
-        config.seeds,
-        config.seed,
-        config.log_every,
+        network=config.network,
+        train=config.train,
+        seeds=config.seeds,
+        seed=config.seed,
+        log_every=config.log_every,
     )
     return evaluate_cnn.with_cells(whole, source)
 

@@ -85,12 +85,11 @@ def train_config(config: Config, name: str, seed: int) -> evaluate_rnn.Config:
     """One training, at the size of the config."""
     whole = evaluate_rnn.Config(
         config.data,
-        None,
-        config.size,
-        config.dropout,
-        config.train,
-        seed,
-        config.log_every,
+        size=config.size,
+        dropout=config.dropout,
+        train=config.train,
+        seed=seed,
+        log_every=config.log_every,
     )
     return evaluate_rnn.with_cell(whole, name)
 

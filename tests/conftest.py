@@ -22,7 +22,33 @@ if not jax.config.jax_compilation_cache_dir:
         "jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
     )
 
+# The files that take longest, which come first: what comes last should not keep one process busy
+# while the others have nothing to do.
+LONGEST = (
+    "test_networks",
+    "test_evaluate_cnn",
+    "test_recurrent",
+    "test_evaluation",
+    "test_search",
+    "test_hypergradient",
+    "test_runner",
+    "test_search_cnn",
+    "test_compare_hypergradients",
+    "test_docs",
+    "test_unrolled",
+    "test_benchmarks",
+    "test_rnn_experiments",
+    "test_imagenet",
+    "test_comparison_problems",
+)
+
 ORACLE = Path(__file__).parent / "oracle"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 @cache

@@ -103,7 +103,7 @@ def test_cells():
 def test_recurrent_cell():
     arguments = (
         "text_rnn --problem.data.limit 1000 --problem.model.size 3 --problem.model.nodes 2"
-        " --problem.length 20 --every 3 --precisions float64 --radii-per-decade 1"
+        " --problem.length 20 --every 3 --precisions"
         " --estimators first_order finite_difference_small --workdir run"
     )
     assert compare_hypergradients.main(arguments.split()) == 0

@@ -44,11 +44,10 @@ def imagenet(folder, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")  # TensorFlow Datasets' own, and Grain's
 def test_imagenet_from_prepared_files(imagenet, capsys):
-    """Read by a worker process, spread over two devices, and resumed."""
+    """Read by a worker process, and spread over two devices."""
     assert jax.device_count() == 2
-    assert evaluate_cnn.main([*imagenet, "--train.epochs", "2"]) == 0
-    steps = lines_of("step")
-    assert [line["step"] for line in steps] == list(range(1, 7))
+    assert evaluate_cnn.main([*imagenet, "--train.epochs", "1"]) == 0
+    assert [line["step"] for line in lines_of("step")] == [1, 2, 3]
     epochs = lines_of("epoch")
     assert 0 <= epochs[-1]["eval_accuracy"] <= epochs[-1]["eval_top5_accuracy"] <= 1
     assert "test error, top 5" in capsys.readouterr().out

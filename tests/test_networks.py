@@ -8,13 +8,11 @@ import layout
 import numpy as np
 import optax
 import pytest
-from flax.core import FrozenDict
 from jax.flatten_util import ravel_pytree
 
 from darts_jax import hypergradient, relaxation, search
 from darts_jax.genotype import CNN_PRIMITIVES
 from darts_jax.networks import Supernet
-from darts_jax.operations import Operation
 
 pytestmark = pytest.mark.usefixtures("optimized", "x64")
 
@@ -301,37 +299,3 @@ def test_reduction_weights_of_another_shape():
     weights = {"normal": jnp.zeros((14, 8)), "reduce": jnp.zeros((5, 8))}
     with pytest.raises(ValueError, match=r"weights\['reduce'\] has shape \[5, 8\]"):
         Supernet(2, 3, 10).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), weights, train=True)
-
-
-def average(params, x, stride, norm):
-    """The mean of 2x2 pixels at stride 2, else the pixel: no parameters."""
-    n, h, w, c = x.shape
-    return x.reshape(n, h // stride, stride, w // stride, stride, c).mean((2, 4))[..., None, :]
-
-
-@pytest.mark.parametrize(
-    ("normalized", "estimator"),
-    [
-        (True, lambda problem, _: hypergradient.first_order(problem)),
-        (False, hypergradient.unrolled),
-    ],
-)
-def test_a_search_whose_operations_have_no_parameters(normalized, estimator):
-    """Without a batch norm, too: only stem, preprocessing and head have something to train."""
-    average_only = Operation(average, normalized=lambda stride: normalized)
-    network = Supernet(
-        2, 3, 10, nodes=1, operations=FrozenDict(average=average_only), primitives=("average",)
-    )
-    optimizer = optax.sgd(0.1)
-    state = search.init(jax.random.key(0), network, optimizer, optimizer, (8, 8, 1))
-    assert not jax.tree.leaves(state.w["cell_1"].get("edges"))
-    step = search.make_step(network, lambda p: estimator(p, optimizer), optimizer, optimizer)
-    batch = search.Batch(jax.random.normal(jax.random.key(1), (4, 8, 8, 1)), jnp.arange(4))
-    before = state.carry["cell_1"]["edges"].mean
-    state, metrics = step(state, batch, batch)
-    assert all(jnp.isfinite(metric) for metric in metrics)
-    after = state.carry["cell_1"]["edges"].mean
-    assert before.shape == after.shape == ((2, 4) if normalized else (0, 4))
-    assert metrics.hypergradient_norm < 1e-12  # one candidate has all the weight
-    loss, correct = search.make_evaluate(network)(state, batch, jnp.ones(4, bool))
-    assert jnp.isfinite(loss) and 0 <= correct <= 4

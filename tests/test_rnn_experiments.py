@@ -166,14 +166,8 @@ def test_batches_of_a_search_follow_both_texts(corpus, monkeypatch):
     assert len(keys) == 2 * len(seen)  # dropout is drawn anew for every batch
 
 
-def test_sequences_of_all_lengths_are_one_program(corpus):
-    config = small(search=dataclasses.replace(small().search, estimator="first_order"))
-    job = search_rnn.make_job(config, corpus, Path("unused"))
-    state = job.init()
-    batches = job.train_batches(0)
-    short = batches[0]._replace(length=np.int32(17))
-    state, _ = job.train_step(state, job.data, batches[0])
-    state, _ = job.train_step(state, job.data, batches[1])
+def compilations(function, *args):
+    """Names of the events of compiling that a call causes."""
     compiled = []
 
     def listen(event, *_, **__):
@@ -181,10 +175,26 @@ def test_sequences_of_all_lengths_are_one_program(corpus):
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        job.train_step(state, job.data, short)
+        function(*args)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert not compiled
+    return compiled
+
+
+@pytest.mark.parametrize("module", [search_rnn, evaluate_rnn])
+def test_sequences_of_all_lengths_are_one_program(corpus, module):
+    if module is search_rnn:
+        own = dataclasses.replace(small().search, estimator="first_order")
+        job = search_rnn.make_job(small(search=own), corpus, Path("unused"))
+    else:
+        job = evaluate_rnn.make_job(evaluation_config(), corpus)
+    state = job.init()
+    batches = job.train_batches(0)
+    short = batches[0]._replace(length=np.int32(17))
+    for batch in batches[:2]:
+        state, _ = job.train_step(state, job.data, batch)
+    assert not compilations(job.train_step, state, job.data, short)
+    assert compilations(jax.jit(lambda x: x + 1), 0.0)  # of which it would be told
 
 
 def evaluation_config(**train):
