@@ -100,6 +100,7 @@ def test_cells():
         assert 1 < line["val_loss"] < 4
 
 
+@pytest.mark.slow
 def test_recurrent_cell():
     arguments = (
         "text_rnn --problem.data.limit 1000 --problem.model.size 3 --problem.model.nodes 2"

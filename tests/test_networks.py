@@ -147,6 +147,7 @@ def estimate(make, problem, recorded, **options):
     return estimator(problem["alpha"], problem["w"], state, *inputs)
 
 
+@pytest.mark.slow
 def test_unrolled(recorded, problem):
     found = estimate(hypergradient.unrolled, problem, recorded)
     close(found.value, recorded["out/loss_val_unrolled"])
@@ -179,7 +180,10 @@ def test_unrolled_weights(recorded, problem, passes, unpack):
     close(moved, np.sqrt((recorded["out/unrolled_delta_norm"] ** 2).sum()))
 
 
-@pytest.mark.parametrize(("radius", "key"), [(0.01, "hvp_fd"), (1e-6, "hvp_fd_r1e-6")])
+@pytest.mark.parametrize(
+    ("radius", "key"),
+    [pytest.param(0.01, "hvp_fd", marks=pytest.mark.slow), (1e-6, "hvp_fd_r1e-6")],
+)
 def test_finite_difference(recorded, problem, radius, key):
     found = estimate(hypergradient.finite_difference, problem, recorded, radius=radius)
     for cell in ("normal", "reduce"):

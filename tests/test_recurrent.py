@@ -218,6 +218,7 @@ def original(recorded, params, inputs):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", "ABC")
 def test_the_originals_hypergradient_is_explained_by_its_differences(recorded, original, case):
     prefix = f"search/out/case{case}"
