@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from darts_jax.search import Batch as Batch
     from darts_jax.search import SearchState as SearchState
 
+__version__ = "0.1.0"
+
 _MODULES = (
     "augment",
     "averaging",

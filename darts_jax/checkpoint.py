@@ -1,93 +1,230 @@
 """Saving and restoring a state, by Orbax, behind one small door.
 
-A state is any pytree of arrays, typed PRNG keys and numbers. It comes back bit for bit.
+A state is any pytree of arrays, typed PRNG keys and numbers. It comes back bit for bit, or not at
+all: a digest of its bytes is saved beside it.
 """
 
+import hashlib
 import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
+from darts_jax import __version__
+
+if TYPE_CHECKING:
+    from orbax.checkpoint import CheckpointManager
+
 PyTree = Any
 
 KEEP = 2  # checkpoints: the newest, and the one to fall back to
+MAX_REASON = 200  # characters of another library's error
+DAMAGED = ".damaged"  # ends the name of a checkpoint that was set aside
 
 
-def save(directory: str | Path, step: int, state: PyTree) -> Path:
-    """Saves the state in `directory/step`, whole or not at all, and keeps the one before it.
+class SaveError(OSError):
+    """A checkpoint cannot be written; those before it are kept."""
 
-    What the directory holds of this step or a later one is replaced: a run that saves an earlier
-    step went back before it, because it could not be read.
 
-    Returns:
-      The checkpoint.
+class Restored(NamedTuple):
+    """A state that was restored.
+
+    Attributes:
+      step: of the checkpoint.
+      state: what was saved.
+      damaged: newer checkpoints that could not be read, where they were moved to.
+    """
+
+    step: int
+    state: PyTree
+    damaged: tuple[Path, ...]
+
+
+class Saver(NamedTuple):
+    """An open folder of checkpoints.
+
+    Attributes:
+      manager: writes them, in a thread.
+      best: the metric of which the smallest is kept.
+    """
+
+    manager: "CheckpointManager"
+    best: str | None
+
+
+@contextmanager
+def open_saver(directory: str | Path, keep: int = KEEP, best: str | None = None) -> Iterator[Saver]:
+    """Opens a folder to save in, and makes it if need be; at the end, waits for what is written.
+
+    Args:
+      directory: the folder.
+      keep: how many checkpoints to keep, the newest ones.
+      best: a metric; the checkpoint with its smallest value is kept, too.
+
+    Raises:
+      SaveError: if the folder cannot be made, or what is still being written fails.
     """
     import orbax.checkpoint as ocp
 
-    directory = Path(directory).resolve()
-    directory.mkdir(parents=True, exist_ok=True)
-    checkpoint = directory / str(step)
-    # Orbax writes beside it and renames: what has a plain number for a name is complete.
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(checkpoint, _to_arrays(state), force=True)
-    earlier = [path for path in _checkpoints(directory) if int(path.name) < step]
-    for path in directory.iterdir():
-        # A number, or a number with Orbax's suffix for what was cut short; nothing else is ours.
-        ours = path.is_dir() and path.name.split(".")[0].isdigit()
-        if ours and path not in (checkpoint, *earlier[: KEEP - 1]):
-            shutil.rmtree(path)
-    return checkpoint
+    policies = ocp.checkpoint_managers
+    kept = [policies.LatestN(keep)]
+    if best is not None:
+        kept.append(
+            policies.BestN(
+                get_metric_fn=lambda metrics: metrics[best],
+                reverse=True,
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+        )
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(kept),
+        best_fn=None if best is None else lambda metrics: metrics[best],
+        best_mode="min",
+        cleanup_tmp_directories=True,
+    )
+    with _writing(directory):
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        manager = ocp.CheckpointManager(Path(directory).resolve(), options=options)
+    try:
+        yield Saver(manager, best)
+        with _writing(directory):
+            manager.wait_until_finished()
+    finally:
+        # Of its errors, a failure to write has been raised above, or another one is on its way.
+        with suppress(Exception):
+            manager.close()
 
 
-def restore_latest(directory: str | Path, like: PyTree) -> tuple[int, PyTree] | None:
-    """Restores the newest checkpoint that can be read.
+def save(
+    saver: Saver, step: int, state: PyTree, metrics: Mapping[str, float] | None = None
+) -> None:
+    """Starts to save a state as the checkpoint of a step, whole or not at all.
+
+    Returns when the state has been copied, and may be donated; waits for the save before.
+
+    Args:
+      saver: of the folder.
+      step: larger than those saved before.
+      state: to save.
+      metrics: of the state; without the saver's `best` among them it is never the best.
+
+    Raises:
+      SaveError: if the save before this one failed, or this one cannot begin.
+    """
+    import orbax.checkpoint as ocp
+
+    arrays = _to_arrays(state)
+    value = (metrics or {}).get(saver.best)
+    with _writing(saver.manager.directory):
+        saver.manager.wait_until_finished()
+        saver.manager.save(
+            step,
+            args=ocp.args.StandardSave(arrays),
+            metrics=None if value is None else {saver.best: value},
+            custom_metadata={"version": __version__, "digest": _digest(arrays)},
+            force=True,
+        )
+
+
+def next_step(saver: Saver) -> int:
+    """A step larger than those saved before."""
+    latest = saver.manager.latest_step()
+    return 0 if latest is None else latest + 1
+
+
+@contextmanager
+def _writing(directory: str | Path) -> Iterator[None]:
+    """Inside, whatever goes wrong is a SaveError: what is raised depends on which file fails."""
+    try:
+        yield
+    except Exception as error:
+        first = " ".join(str(error).split())
+        raise SaveError(f"cannot save a checkpoint in {directory}: {first[:MAX_REASON]}") from error
+
+
+def restore_latest(directory: str | Path, like: PyTree) -> Restored | None:
+    """Restores the newest checkpoint that is whole, and sets newer ones aside that are not.
 
     Args:
       directory: where the checkpoints are.
       like: a state of the same structure, whose values do not matter.
 
     Returns:
-      (step, state), or None if there is no checkpoint.
+      What was restored, or None if there is no checkpoint.
 
     Raises:
-      ValueError: if there are checkpoints, but none can be read or none is of this structure: it
-        is not for a program to decide that what was computed is worth nothing.
+      ValueError: if there are checkpoints, but none is whole: it is not for a program to decide
+        that what was computed is worth nothing. Or if the newest that is whole has another
+        structure. Nothing is moved then.
     """
-    directory = Path(directory).resolve()
-    checkpoints = _checkpoints(directory)
-    reason = ""
-    for checkpoint in checkpoints:
-        try:
-            return int(checkpoint.name), _restore(checkpoint, like)
-        # What a damaged file raises depends on where it is damaged, so anything may come.
-        except Exception as error:
-            reason = reason or f"{checkpoint.name}: {str(error).splitlines()[0]}"
-    if checkpoints:
+    damaged: list[tuple[Path, str]] = []
+    for checkpoint in _checkpoints(Path(directory).resolve()):
+        with warnings.catch_warnings():
+            # Where it fails, Orbax leaves coroutines that were never awaited.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            try:
+                arrays, version = _read(checkpoint)
+            # What a damaged file raises depends on where it is damaged, so anything may come.
+            except Exception as error:
+                reason = (str(error) or repr(error)).splitlines()[0][:MAX_REASON]
+                damaged.append((checkpoint, reason))
+                continue
+        state = _from_arrays(checkpoint, arrays, version, like)
+        aside = tuple(_set_aside(path) for path, _ in damaged)
+        return Restored(int(checkpoint.name), state, aside)
+    if damaged:
+        newest, reason = damaged[0]
         raise ValueError(
-            f"no checkpoint in {directory} can be restored ({reason}); move the folder away to"
-            " start anew"
+            f"no checkpoint in {newest.parent} can be restored ({newest.name}: {reason}); move the"
+            " folder away to start anew"
         )
     return None
 
 
-def _restore(checkpoint: Path, like: PyTree) -> PyTree:
+def _read(checkpoint: Path) -> tuple[dict[str, np.ndarray], str]:
+    """The arrays of a checkpoint and the version that wrote it, checked by their digest."""
     import orbax.checkpoint as ocp
 
+    with ocp.CheckpointManager(
+        checkpoint.parent, item_handlers=ocp.StandardCheckpointHandler()
+    ) as manager:
+        step = int(checkpoint.name)
+        metadata = manager.metadata(step).custom_metadata
+        arrays = manager.restore(step, args=ocp.args.StandardRestore())
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    if _digest(arrays) != metadata["digest"]:
+        raise ValueError("its bytes are not those that were saved")
+    return arrays, metadata["version"]
+
+
+def _from_arrays(
+    checkpoint: Path, arrays: Mapping[str, np.ndarray], version: str, like: PyTree
+) -> PyTree:
+    """The state of flat arrays; a ValueError if it is of another structure than `like`."""
+
+    def describe(name: str, arrays: Mapping[str, np.ndarray]) -> str:
+        if name not in arrays:
+            return "missing"
+        return f"{arrays[name].dtype}{list(arrays[name].shape)}"
+
     expected = _to_arrays(like)
-    with ocp.StandardCheckpointer() as checkpointer:
-        arrays = checkpointer.restore(checkpoint, expected)
-        saved = checkpointer.metadata(checkpoint).item_metadata
-    for name, array in expected.items():
-        if (saved[name].shape, saved[name].dtype) != (array.shape, array.dtype):
+    for name in sorted(expected.keys() | arrays.keys()):
+        there, here = describe(name, arrays), describe(name, expected)
+        if there != here:
+            by = "" if version == __version__ else f" by darts_jax {version}, this is {__version__}"
             raise ValueError(
-                f"{name} is {saved[name].dtype}{list(saved[name].shape)}, not"
-                f" {array.dtype}{list(array.shape)}"
+                f"{checkpoint} holds another state{by}: {name} is {there} there, {here} here; go"
+                " on with what wrote it, or start anew in another folder"
             )
 
     def leaf(path: tuple, like: Any) -> Any:
-        array = np.asarray(arrays[jax.tree_util.keystr(path)])
+        array = arrays[jax.tree_util.keystr(path)]
         if not isinstance(like, jax.Array):
             return type(like)(array) if np.isscalar(like) else array
         if jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key):
@@ -98,7 +235,7 @@ def _restore(checkpoint: Path, like: PyTree) -> PyTree:
 
 
 def _to_arrays(state: PyTree) -> dict[str, np.ndarray]:
-    """The leaves by their path in the state; keys as their bits.
+    """The leaves by their path in the state, copied; keys as their bits.
 
     Flat, because Orbax changes what a tree is made of (tuples, empty nodes) and `like` knows it.
     """
@@ -106,14 +243,33 @@ def _to_arrays(state: PyTree) -> dict[str, np.ndarray]:
     def array(leaf: Any) -> np.ndarray:
         if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        return np.asarray(leaf)
+        return np.array(leaf)
 
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): array(leaf) for path, leaf in leaves}
 
 
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Of names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+    return digest.hexdigest()
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Renames a damaged checkpoint, so that it is kept and not seen; returns its new place."""
+    aside = checkpoint.with_name(checkpoint.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)  # of the same step, from an earlier time
+    return checkpoint.rename(aside)
+
+
 def _checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints, newest first."""
+    """The complete checkpoints, newest first.
+
+    Orbax writes beside it and renames: what has a plain number for a name is complete.
+    """
     if not directory.is_dir():
         return []
     numbered = [path for path in directory.iterdir() if path.name.isdecimal()]

@@ -63,7 +63,8 @@ def save(
         "std": std,
         "count": len(jax.tree.leaves(variables)[0]),
     }
-    checkpoint.save(Path(workdir) / VARIABLES, 0, variables)
+    with checkpoint.open_saver(Path(workdir) / VARIABLES, keep=1) as saver:
+        checkpoint.save(saver, checkpoint.next_step(saver), variables)
     write_text(Path(workdir) / DESCRIPTION, json.dumps(description, indent=1) + "\n")
 
 
@@ -100,7 +101,7 @@ def load(workdir: str | Path, index: int = 0) -> Trained:
     restored = checkpoint.restore_latest(Path(workdir) / VARIABLES, like)
     if restored is None:
         raise ValueError(f"{workdir} holds no {VARIABLES}/; train the network again")
-    variables = jax.tree.map(lambda x: x[index], restored[1])
+    variables = jax.tree.map(lambda x: x[index], restored.state)
 
     def apply(variables: PyTree, images: Array) -> Array:
         return network.apply(variables, normalize(images, mean, std), train=False).main
