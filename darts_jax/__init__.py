@@ -31,6 +31,7 @@ _MODULES = (
     "data",
     "discrete",
     "evaluation",
+    "finite",
     "genotype",
     "hypergradient",
     "language_model",

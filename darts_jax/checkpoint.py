@@ -24,6 +24,8 @@ PyTree = Any
 
 KEEP = 2  # checkpoints: the newest, and the one to fall back to
 MAX_REASON = 200  # characters of another library's error
+ITEM = "default"  # where Orbax puts the one thing that a checkpoint holds
+DIGEST, VERSION = "digest", "version"  # beside the leaves, whose names begin with a bracket or dot
 DAMAGED = ".damaged"  # ends the name of a checkpoint that was set aside
 
 
@@ -91,14 +93,25 @@ def open_saver(directory: str | Path, keep: int = KEEP, best: str | None = None)
     with _writing(directory):
         Path(directory).mkdir(parents=True, exist_ok=True)
         manager = ocp.CheckpointManager(Path(directory).resolve(), options=options)
+    saver = Saver(manager, best)
     try:
-        yield Saver(manager, best)
-        with _writing(directory):
-            manager.wait_until_finished()
-    finally:
-        # Of its errors, a failure to write has been raised above, or another one is on its way.
-        with suppress(Exception):
+        yield saver
+    except BaseException:
+        with suppress(Exception):  # the error that is on its way counts
             manager.close()
+        raise
+    finish(saver)
+    manager.close()
+
+
+def finish(saver: Saver) -> None:
+    """Waits until what was saved is on the disk.
+
+    Raises:
+      SaveError: if it cannot be written.
+    """
+    with _writing(saver.manager.directory):
+        saver.manager.wait_until_finished()
 
 
 def save(
@@ -125,9 +138,8 @@ def save(
         saver.manager.wait_until_finished()
         saver.manager.save(
             step,
-            args=ocp.args.StandardSave(arrays),
+            args=ocp.args.StandardSave(_signed(arrays)),
             metrics=None if value is None else {saver.best: value},
-            custom_metadata={"version": __version__, "digest": _digest(arrays)},
             force=True,
         )
 
@@ -191,16 +203,13 @@ def _read(checkpoint: Path) -> tuple[dict[str, np.ndarray], str]:
     """The arrays of a checkpoint and the version that wrote it, checked by their digest."""
     import orbax.checkpoint as ocp
 
-    with ocp.CheckpointManager(
-        checkpoint.parent, item_handlers=ocp.StandardCheckpointHandler()
-    ) as manager:
-        step = int(checkpoint.name)
-        metadata = manager.metadata(step).custom_metadata
-        arrays = manager.restore(step, args=ocp.args.StandardRestore())
+    with ocp.StandardCheckpointer() as checkpointer:
+        arrays = checkpointer.restore(checkpoint / ITEM)
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
-    if _digest(arrays) != metadata["digest"]:
+    signature, version = (arrays.pop(name) for name in (DIGEST, VERSION))
+    if _digest(arrays) != signature.tobytes():
         raise ValueError("its bytes are not those that were saved")
-    return arrays, metadata["version"]
+    return arrays, version.tobytes().decode()
 
 
 def _from_arrays(
@@ -249,13 +258,19 @@ def _to_arrays(state: PyTree) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): array(leaf) for path, leaf in leaves}
 
 
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+def _signed(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays with their digest and the version of this library, as bytes."""
+    texts = {DIGEST: _digest(arrays), VERSION: __version__.encode()}
+    return {**arrays, **{name: np.frombuffer(text, np.uint8) for name, text in texts.items()}}
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> bytes:
     """Of names, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape} ".encode())
         digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
-    return digest.hexdigest()
+    return digest.digest()
 
 
 def _set_aside(checkpoint: Path) -> Path:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from darts_jax import genotype, relaxation
+from darts_jax import finite, genotype, relaxation
 from darts_jax.hypergradient import Bilevel, Estimator, value_and_grad
 
 PyTree = Any
@@ -62,6 +62,23 @@ class Metrics(NamedTuple):
     val_accuracy: Array
     w_gradient_norm: Array
     hypergradient_norm: Array
+    nonfinite: Array
+    """Of the leaves of `Checked`, the first that holds NaN or infinity, int32; -1 if none does."""
+
+
+class Checked(NamedTuple):
+    """What must be finite in an iteration, in the order in which it comes about."""
+
+    val_loss: Any
+    hypergradient: PyTree
+    alpha: PyTree
+    train_loss: Any
+    w_gradient: PyTree
+
+
+def checked(state: SearchState) -> Checked:
+    """A pytree of the leaves that `Metrics.nonfinite` counts; their values say nothing."""
+    return Checked(0.0, state.alpha, state.alpha, 0.0, state.w)
 
 
 class Aux(NamedTuple):
@@ -184,6 +201,7 @@ def make_step(
     w_optimizer: optax.GradientTransformation,
     alpha_optimizer: optax.GradientTransformation,
     relax: Relaxation = relaxation.softmax,
+    skip_nonfinite: bool = False,
 ) -> Callable[[SearchState, Batch, Batch], tuple[SearchState, Metrics]]:
     """`step(state, train_batch, val_batch) -> (state, Metrics)` of a supernet, by `make_task_step`.
 
@@ -192,7 +210,8 @@ def make_step(
       relax: from alpha to mixing weights.
       The others: as for `make_task_step`.
     """
-    return make_task_step(image_task(network, relax), estimator, w_optimizer, alpha_optimizer)
+    task = image_task(network, relax)
+    return make_task_step(task, estimator, w_optimizer, alpha_optimizer, skip_nonfinite)
 
 
 def make_task_step(
@@ -200,6 +219,7 @@ def make_task_step(
     estimator: Callable[[Bilevel], Estimator],
     w_optimizer: optax.GradientTransformation,
     alpha_optimizer: optax.GradientTransformation,
+    skip_nonfinite: bool = False,
 ) -> Callable[[SearchState, Any, Any], tuple[SearchState, Metrics]]:
     """`step(state, train_batch, val_batch) -> (state, Metrics)`: one iteration, alpha first.
 
@@ -212,42 +232,65 @@ def make_task_step(
         `lambda problem: hypergradient.unrolled(problem, w_optimizer)`.
       w_optimizer: trains the weights.
       alpha_optimizer: trains alpha.
+      skip_nonfinite: where a loss or gradient is NaN or infinite, leave what it would change as it
+        was: alpha or the weights, and the carry with either.
     """
     estimate = estimator(Bilevel(task.train_loss, task.val_loss, has_aux=True))
     differentiate = value_and_grad(task.train_loss, True)
 
-    @partial(jax.jit, donate_argnames=("opt_state", "alpha"))
-    def alpha_step(gradient, opt_state, alpha):
-        updates, opt_state = alpha_optimizer.update(gradient, opt_state, alpha)
-        return optax.apply_updates(alpha, updates), opt_state
+    @partial(jax.jit, donate_argnames="old")
+    def alpha_step(old, value, gradient):
+        def update(old):
+            alpha, opt_state = old
+            updates, opt_state = alpha_optimizer.update(gradient, opt_state, alpha)
+            return optax.apply_updates(alpha, updates), opt_state
 
-    @partial(jax.jit, donate_argnames=("count", "opt_state", "w"))
-    def w_step(gradient, count, opt_state, w):
-        updates, opt_state = w_optimizer.update(gradient, opt_state, w)
-        return count + 1, optax.apply_updates(w, updates), opt_state
+        return finite.guarded(update, skip_nonfinite)((value, gradient), old)
+
+    @partial(jax.jit, donate_argnames=("count", "old"))
+    def w_step(count, old, value, gradient):
+        def update(old):
+            w, opt_state = old
+            updates, opt_state = w_optimizer.update(gradient, opt_state, w)
+            return optax.apply_updates(w, updates), opt_state
+
+        return count + 1, *finite.guarded(update, skip_nonfinite)((value, gradient), old)
 
     @jax.jit
-    def summarize(train, train_batch, w_gradient, val_value, val_aux, val_batch, hypergradient):
+    def summarize(train, train_batch, w_gradient, alpha, val_value, val_aux, val_batch, gradient):
+        of_alpha, of_w = finite.squares(gradient), finite.squares(w_gradient)
+        parts = Checked(val_value[None], of_alpha, finite.squares(alpha), train.value[None], of_w)
         return Metrics(
             train.value,
             task.accuracy(train.aux, train_batch),
             val_value,
             task.accuracy(val_aux, val_batch),
-            optax.tree.norm(w_gradient),
-            optax.tree.norm(hypergradient),
+            jnp.sqrt(of_w.sum()),
+            jnp.sqrt(of_alpha.sum()),
+            finite.first(jnp.concatenate(parts)),
         )
+
+    @jax.jit
+    def guard_carry(nonfinite, new, old):
+        return jax.tree.map(lambda a, b: jnp.where(nonfinite < 0, a, b), new, old)
 
     def step(state, train_batch, val_batch):
         train_inputs = task.train_inputs(state.carry, train_batch)
         val_inputs = task.val_inputs(state.carry, val_batch)
         hyper = estimate(state.alpha, state.w, state.w_opt_state, train_inputs, val_inputs)
-        alpha, alpha_opt_state = alpha_step(hyper.gradient, state.alpha_opt_state, state.alpha)
+        alpha, alpha_opt_state = alpha_step(
+            (state.alpha, state.alpha_opt_state), hyper.value, hyper.gradient
+        )
         train, (gradient, _) = differentiate(state.w, alpha, train_inputs)
         metrics = summarize(
-            train, train_batch, gradient, hyper.value, hyper.aux, val_batch, hyper.gradient
+            train, train_batch, gradient, alpha, hyper.value, hyper.aux, val_batch, hyper.gradient
         )
-        count, w, w_opt_state = w_step(gradient, state.step, state.w_opt_state, state.w)
         carry = task.next_carry(train.aux, hyper.aux)
+        if skip_nonfinite:
+            carry = guard_carry(metrics.nonfinite, carry, state.carry)
+        count, w, w_opt_state = w_step(
+            state.step, (state.w, state.w_opt_state), train.value, gradient
+        )
         return SearchState(count, state.key, w, alpha, carry, w_opt_state, alpha_opt_state), metrics
 
     return step

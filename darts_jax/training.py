@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from darts_jax import finite
 from darts_jax.search import Batch, accuracy, cross_entropy
 
 PyTree = Any
@@ -32,6 +33,20 @@ class Metrics(NamedTuple):
     train_loss: Array
     train_accuracy: Array
     gradient_norm: Array
+    nonfinite: Array
+    """Of the leaves of `Checked`, the first that holds NaN or infinity, int32; -1 if none does."""
+
+
+class Checked(NamedTuple):
+    """What must be finite in a step."""
+
+    train_loss: Any
+    gradient: PyTree
+
+
+def checked(state: TrainState) -> Checked:
+    """A pytree of the leaves that `Metrics.nonfinite` counts; their values say nothing."""
+    return Checked(0.0, state.params)
 
 
 class Evaluation(NamedTuple):
@@ -101,12 +116,15 @@ def make_step(
     optimizer: optax.GradientTransformation,
     label_smoothing: float = 0.0,
     auxiliary_weight: float = 0.4,
+    skip_nonfinite: bool = False,
 ) -> Callable[[TrainState, Batch, Array | None], tuple[TrainState, Metrics]]:
     """`step(state, batch, drop_path) -> (state, Metrics)`; drop_path is a probability, or None.
 
     Args:
       network, optimizer: as for `init`.
       label_smoothing, auxiliary_weight: as for `make_loss`.
+      skip_nonfinite: where the loss or its gradient is NaN or infinite, leave weights, statistics
+        and the optimizer's state as they were.
     """
     differentiate = jax.value_and_grad(
         make_loss(network, label_smoothing, auxiliary_weight), has_aux=True
@@ -117,10 +135,23 @@ def make_step(
         (loss, (logits, batch_stats)), gradient = differentiate(
             state.params, state.batch_stats, batch, drop_path, key
         )
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        metrics = Metrics(loss, accuracy(logits, batch.label), optax.tree.norm(gradient))
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, state.key, params, batch_stats, opt_state), metrics
+        of_each = finite.squares(gradient)
+        metrics = Metrics(
+            loss,
+            accuracy(logits, batch.label),
+            jnp.sqrt(of_each.sum()),
+            finite.first(jnp.concatenate([loss[None], of_each])),
+        )
+
+        def update(old):
+            params, _, opt_state = old
+            updates, opt_state = optimizer.update(gradient, opt_state, params)
+            return optax.apply_updates(params, updates), batch_stats, opt_state
+
+        new = finite.guarded(update, skip_nonfinite)(
+            (loss, gradient), (state.params, state.batch_stats, state.opt_state)
+        )
+        return TrainState(state.step + 1, state.key, *new), metrics
 
     return step
 

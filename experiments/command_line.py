@@ -20,23 +20,11 @@ import jax
 import tyro
 
 from darts_jax.genotype import nearest
-from experiments.metrics import NonFinite
+from experiments.errors import Interrupted, NonFinite, UserError
 
 Config = TypeVar("Config")
 
 COMPILER = "compiler"  # name of the thread that compiles
-
-
-class UserError(Exception):
-    """Bad input, in one line that names the culprit and the remedy."""
-
-
-class Interrupted(Exception):
-    """A signal asked to stop, and everything up to a step is saved."""
-
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
-        self.signum = signum
 
 
 def guard(module: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
@@ -149,7 +137,8 @@ def flags(config: Any, default: Any, prefix: str = "") -> list[str]:
         value, before = getattr(config, field.name), getattr(default, field.name)
         name = field.name.replace("_", "-")
         if dataclasses.is_dataclass(value):
-            found += flags(value, before, f"{prefix}{name}.")
+            # The fields of `RunConfig` have no prefix.
+            found += flags(value, before, prefix if name == "run" else f"{prefix}{name}.")
         elif value == before or value is None:
             continue
         elif isinstance(value, bool):
@@ -160,12 +149,12 @@ def flags(config: Any, default: Any, prefix: str = "") -> list[str]:
 
 
 def next_command(module: str, argv: Sequence[str], seed: int) -> str:
-    """The command line of a module with another seed, and without the workdir of this one."""
+    """The command line of a module with another seed, and without the folders of this one."""
     kept, rest = [], iter(argv)
     for argument in rest:
-        if argument in ("--seed", "--workdir"):
+        if argument in ("--seed", "--workdir", "--fork"):
             next(rest)  # its value
-        elif not argument.startswith(("--seed=", "--workdir=")):
+        elif not argument.startswith(("--seed=", "--workdir=", "--fork=")):
             kept.append(argument)
     return command(module, [*kept, "--seed", str(seed)])
 

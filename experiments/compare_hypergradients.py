@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 
 from darts_jax.search import SearchState
-from experiments import command_line, comparison, comparison_report, runner, search_cnn
+from experiments import command_line, comparison, comparison_report, search_cnn
 from experiments.comparison import Compiled, Line, Point
 from experiments.comparison_estimators import EXACT, Method, Settings, methods
 from experiments.comparison_problems import (
@@ -36,9 +36,11 @@ from experiments.comparison_problems import (
     check_problem,
     make,
 )
-from experiments.metrics import Display, NonFinite
+from experiments.errors import NonFinite
+from experiments.metrics import Display
 from experiments.problem import Problem
 from experiments.stages import Program
+from experiments.workdir import opened, write_config, writing
 
 MODULE = "experiments.compare_hypergradients"
 SMALLEST_DECADE = -8  # of the radii
@@ -267,18 +269,17 @@ def run(argv: Sequence[str]) -> None:
         check(config)
         methods(config.estimators, config.settings)
     workdir = config.workdir or Path("runs") / f"compare_hypergradients-{preset}-seed{config.seed}"
-    runner.check_workdir(workdir, config)
     command_line.enable_compilation_cache()
-    with Display() as display:
+    with opened(workdir, config) as workdir, Display() as display:
         with command_line.user_errors(), display.phase("loading the problem"):
             problem = make(config.problem)
             point = comparison.start(problem, config.seed)
         lines: list[Line] = []
-        with runner.writing(workdir):
-            runner.write_config(config, workdir)
+        with writing(workdir):
+            write_config(config, workdir)
         for part in measure(config, problem, point, display):
             lines += part
-            with runner.writing(workdir):
+            with writing(workdir):
                 comparison_report.write(lines, workdir)
         with display.phase("drawing"):
             comparison_report.draw(lines, problem.alpha_names, config.settings.radius, workdir)

@@ -12,9 +12,10 @@ import optax
 
 from darts_jax import search
 from darts_jax.hypergradient import Bilevel
-from experiments import command_line, runner, toy_bilevel
+from experiments import command_line, toy_bilevel
 from experiments.comparison_cells import CnnConfig, RnnConfig, check_cells, cnn, rnn
 from experiments.problem import Problem
+from experiments.workdir import flatten
 
 PyTree = Any
 
@@ -90,7 +91,7 @@ def make(config: ProblemConfig) -> Problem:
 
 def check_problem(config: ProblemConfig) -> None:
     """Raises a ValueError for a field out of range, before anything is loaded."""
-    fields = runner.flatten(dataclasses.asdict(config))
+    fields = flatten(dataclasses.asdict(config))
     command_line.check_at_least(
         *((_flag(name), fields[name], least) for name, least in _LEAST.items() if name in fields)
     )

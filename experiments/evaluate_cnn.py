@@ -29,7 +29,9 @@ from experiments.config import check_w, w_optimizer, w_schedule
 from experiments.evaluation_config import PRESETS, Config
 from experiments.memory import peak_memory
 from experiments.metrics import Display
+from experiments.run_config import check_run, prepare
 from experiments.sources import newest_search, saved_genotype
+from experiments.workdir import opened, writing
 
 MODULE = "experiments.evaluate_cnn"
 DEFAULT_GENOTYPE = "DARTS_V2"  # where nothing has been searched yet
@@ -87,7 +89,11 @@ def make_job(config: Config, dataset: images.ImageData) -> runner.Job:
     if train_config.accumulate > 1:
         optimizer = optax.MultiSteps(optimizer, train_config.accumulate).gradient_transformation()
     step = training.make_step(
-        network, optimizer, train_config.label_smoothing, train_config.auxiliary_weight
+        network,
+        optimizer,
+        train_config.label_smoothing,
+        train_config.auxiliary_weight,
+        skip_nonfinite=config.run.skip_nonfinite,
     )
     evaluate = training.make_evaluate(network)
 
@@ -108,7 +114,8 @@ def make_job(config: Config, dataset: images.ImageData) -> runner.Job:
             return step(state, feed.train_batch(key, data, item), drop_path)
 
         states, metrics = jax.vmap(one)(states, items)
-        return states, jax.tree.map(jnp.mean, metrics)
+        means = jax.tree.map(jnp.mean, metrics)
+        return states, means._replace(nonfinite=metrics.nonfinite.max())
 
     @jax.jit
     def eval_step(states, data, item):
@@ -132,6 +139,7 @@ def make_job(config: Config, dataset: images.ImageData) -> runner.Job:
         epochs=train_config.epochs,
         steps_per_epoch=steps_per_epoch,
         end_epoch=lambda states: {},
+        checked=training.checked,
     )
 
 
@@ -139,10 +147,10 @@ def train(config: Config, dataset: images.ImageData, workdir: Path, display: Dis
     """Trains the cells of a config, whose `cells` are set, and saves the networks."""
     with command_line.user_errors():
         job = make_job(config, dataset)
-    result = runner.run(job, config, workdir, config.log_every, display)
+    result = runner.run(job, config, workdir, display)
     network = evaluation_network(config, dataset.num_classes)
     shape = dataset.image_shape
-    with display.phase("saving the network"), runner.writing(workdir):
+    with display.phase("saving the network"), writing(workdir):
         genotype.save(config.cells, workdir / "genotype.json")
         variables = {"params": result.state.params, "batch_stats": result.state.batch_stats}
         plain = network.clone(auxiliary=False, remat=False, dtype=None)
@@ -206,7 +214,6 @@ def check(config: Config) -> None:
         ("train.auxiliary-weight", train_config.auxiliary_weight, 0),
         ("train.label-smoothing", train_config.label_smoothing, 0),
         ("seeds", config.seeds, 1),
-        ("log-every", config.log_every, 1),
     )
     command_line.check_positive(("train.portion", train_config.portion))
     if train_config.portion > 1:
@@ -217,6 +224,7 @@ def check(config: Config) -> None:
         ("train.label-smoothing", train_config.label_smoothing),
     )
     command_line.check_seed(config.seed, config.seeds)
+    check_run(config.run)
 
 
 def resolve_genotype(config: Config, workdir: Path) -> Config:
@@ -240,12 +248,11 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command line."""
     with command_line.user_errors():
         preset, config = command_line.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
+        prepare(config.run)
         check(config)
         workdir = config.workdir or Path("runs") / f"evaluate_cnn-{preset}-seed{config.seed}"
         config = resolve_genotype(config, workdir)
-    runner.check_workdir(workdir, config)
-    command_line.enable_compilation_cache()
-    with Display() as display:
+    with opened(workdir, config, config.run.fork) as workdir, Display() as display:
         display.console.print(f"cells: {config.genotype}", soft_wrap=True, highlight=False)
         with command_line.user_errors(), display.phase(f"loading {config.data.name}"):
             dataset = images.load(config)

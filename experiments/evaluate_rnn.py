@@ -24,7 +24,7 @@ import tyro
 from rich.table import Table
 from rich.text import Text
 
-from darts_jax import averaging, genotype, language_model, text
+from darts_jax import averaging, finite, genotype, language_model, text, training
 from darts_jax.averaging import Average
 from darts_jax.files import write_text
 from darts_jax.genotype import RecurrentGenotype
@@ -34,8 +34,10 @@ from experiments import command_line, runner, texts
 from experiments.memory import peak_memory
 from experiments.metrics import Display
 from experiments.recurrent_cell import describe, draw_cell
+from experiments.run_config import RunConfig, check_run, prepare
 from experiments.sources import newest_search, saved_genotype
 from experiments.texts import DropoutConfig, TextConfig, TextOptimizerConfig
+from experiments.workdir import opened, write_config, writing
 
 MODULE = "experiments.evaluate_rnn"
 DEFAULT_GENOTYPE = "DARTS_V2"  # where nothing has been searched yet
@@ -76,8 +78,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 0
     """Of everything random: parameters, lengths of sequences, dropout, the sample."""
-    log_every: int = 10
-    """Steps from one line of metrics.jsonl to the next."""
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     workdir: Path | None = None
     """Folder to write to, and to resume from; None for runs/evaluate_rnn-PRESET-seedSEED."""
     cell: Annotated[RecurrentGenotype | None, tyro.conf.Suppress] = None
@@ -114,7 +115,7 @@ PAPER = Config(
             clip=0.25,  # code
         ),
     ),
-    log_every=50,  # code: log_interval
+    run=RunConfig(log_every=50),  # code: log_interval
 )
 PRESETS = {
     "pydoc": ("the help texts of Python, minutes on two cores", PYDOC),
@@ -140,7 +141,7 @@ PRESETS = {
             data=TextConfig("pydoc", limit=2000),
             size=8,
             train=replace(PYDOC.train, epochs=2, batch_size=8),
-            log_every=1,
+            run=RunConfig(log_every=1),
         ),
     ),
 }
@@ -163,6 +164,8 @@ class Metrics(NamedTuple):
 
     train_loss: jax.Array
     gradient_norm: jax.Array
+    nonfinite: jax.Array
+    """Of the leaves of `training.Checked`, the first that holds NaN or infinity; -1 if none."""
 
 
 class Step(NamedTuple):
@@ -208,22 +211,25 @@ def make_job(config: Config, corpus: Corpus) -> runner.Job:
         batch = texts.window(rows, at.start, at.length, longest, key)
         first = state.step % steps_per_epoch == 0  # of an epoch, where the text begins anew
         hidden = jnp.where(first, 0, state.hidden)
-        (_, aux), gradient = jax.value_and_grad(loss, has_aux=True)(
+        (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(
             state.params, Inputs(batch, hidden, None)
         )
         opt_state = texts.with_length(state.opt_state, own.w, at.length, own.length)
-        updates, opt_state = optimizer.update(gradient, opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        state = State(
-            state.step + 1,
-            state.key,
-            params,
-            aux.hidden,
-            opt_state,
-            averaging.update(state.average, params, state.averaged),
-            state.averaged,
+
+        def update(old):
+            params, _, opt_state, average = old
+            updates, opt_state = optimizer.update(gradient, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            average = averaging.update(average, params, state.averaged)
+            return params, aux.hidden, opt_state, average
+
+        new = finite.guarded(update, config.run.skip_nonfinite)(
+            (value, gradient), (state.params, hidden, opt_state, state.average)
         )
-        return state, Metrics(aux.cross_entropy, optax.tree.norm(gradient))
+        of_each = finite.squares(gradient)
+        nonfinite = finite.first(jnp.concatenate([value[None], of_each]))
+        metrics = Metrics(aux.cross_entropy, jnp.sqrt(of_each.sum()), nonfinite)
+        return State(state.step + 1, state.key, *new, state.averaged), metrics
 
     @jax.jit
     def eval_step(state: State, rows: jax.Array, _: jax.Array):
@@ -249,6 +255,7 @@ def make_job(config: Config, corpus: Corpus) -> runner.Job:
         epochs=own.epochs,
         steps_per_epoch=steps_per_epoch,
         end_epoch=lambda state: {"averaged": bool(state.averaged)},
+        checked=lambda state: training.Checked(0.0, state.params),
         next_epoch=next_epoch,
     )
 
@@ -263,9 +270,9 @@ def check(config: Config) -> None:
         ("train.length", own.length, 1),
         ("train.slowness", own.slowness, 0),
         ("train.patience", own.patience, 1),
-        ("log-every", config.log_every, 1),
     )
     command_line.check_seed(config.seed)
+    check_run(config.run)
 
 
 class Outcome(NamedTuple):
@@ -282,14 +289,13 @@ def train(config: Config, corpus: Corpus, workdir: Path, display: Display) -> Ou
     Raises:
       UserError: for texts that are too short, or a workdir of another run.
     """
-    runner.check_workdir(workdir, config)
     with command_line.user_errors():
         job = make_job(config, corpus)
-    with command_line.user_errors(), runner.writing(workdir):
-        runner.write_config(config, workdir)
+    with command_line.user_errors(), writing(workdir):
+        write_config(config, workdir)
         text.save_vocabulary(corpus.vocabulary, workdir / "vocabulary.json")
-    result = runner.run(job, config, workdir, config.log_every, display)
-    with display.phase("testing"), runner.writing(workdir):
+    result = runner.run(job, config, workdir, display)
+    with display.phase("testing"), writing(workdir):
         losses = finish(config, result, corpus, workdir)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(result.state.params))
     return Outcome(result, losses, parameters)
@@ -364,11 +370,11 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command line."""
     with command_line.user_errors():
         preset, config = command_line.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
+        prepare(config.run)
         check(config)
         workdir = config.workdir or Path("runs") / f"evaluate_rnn-{preset}-seed{config.seed}"
         config = resolve_genotype(config, workdir)
-    command_line.enable_compilation_cache()
-    with Display() as display:
+    with opened(workdir, config, config.run.fork) as workdir, Display() as display:
         display.console.print(f"cell: {config.genotype}", soft_wrap=True, highlight=False)
         with command_line.user_errors(), display.phase(f"loading {config.data.name}"):
             corpus = text.load(config.data.name, config.data.path, config.data.limit)

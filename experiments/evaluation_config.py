@@ -8,6 +8,7 @@ import tyro
 
 from darts_jax.genotype import Genotype
 from experiments.config import DataConfig, WConfig
+from experiments.run_config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,7 @@ class Config:
     """Networks to train side by side: by this seed and those that follow it."""
     seed: int = 0
     """Of everything random: parameters, order of the images, augmentation, drop path."""
-    log_every: int = 10
-    """Steps from one line of metrics.jsonl to the next."""
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     workdir: Path | None = None
     """Folder to write to, and to resume from; None for runs/evaluate_cnn-PRESET-seedSEED."""
     cells: Annotated[Genotype | None, tyro.conf.Suppress] = None
@@ -124,7 +124,7 @@ PAPER = Config(
             clip=5.0,  # code
         ),
     ),
-    log_every=50,  # code: report_freq
+    run=RunConfig(log_every=50),  # code: report_freq
 )
 # Likewise, section 3.2.3 and appendix A.2.3, and train_imagenet.py.
 IMAGENET = Config(
@@ -160,7 +160,7 @@ IMAGENET = Config(
         colours=0.4,  # code: ColorJitter
         hue=0.2,  # code
     ),
-    log_every=100,  # code: report_freq
+    run=RunConfig(log_every=100),  # code: report_freq
 )
 PRESETS = {
     "digits": ("8x8 handwritten digits (embedded), minutes on two cores", DIGITS),
@@ -193,7 +193,7 @@ PRESETS = {
             data=replace(DIGITS.data, limit=64),
             network=NetworkConfig(channels=2, layers=3, auxiliary=False),
             train=replace(DIGITS.train, epochs=2, drop_path=0.1),
-            log_every=1,
+            run=RunConfig(log_every=1),
         ),
     ),
 }

@@ -1,20 +1,24 @@
-"""What a run tells while it goes: metrics.jsonl, TensorBoard events, and progress on the screen.
+"""What a run tells while it goes: metrics.jsonl, and progress on the screen.
 
-metrics.jsonl holds one JSON object a line, of two kinds:
+metrics.jsonl holds one JSON object a line, of three kinds:
 
-    {"kind": "step", "step", "epoch", and every metric of that training step}
-    {"kind": "epoch", "step", "epoch", every metric of the evaluation at its end, "seconds", and
-     what else the experiment records}
+    {"kind": "step", "step", "epoch", every metric of that training step, "step_seconds"}
+    {"kind": "epoch", "step", "epoch", every metric of the evaluation at its end, "seconds",
+     "memory_bytes", and what else the experiment records}
+    {"kind": "skip", "step", "epoch", "leaf"}
 
 `step` counts finished steps and `epoch` counts from 1. A training step is written every
-`log_every` steps, with its own metrics, not averages. `seconds` is the wall time of the epoch,
-compilation left out. All but `seconds` is fixed by the config.
+`log_every` steps, with its own metrics, not averages; `step_seconds` is the mean time of a step
+since the line before. `seconds` is the wall time of the epoch, compilation left out.
+`memory_bytes` is the most that the device has held so far or, on a CPU, the process. A step is
+skipped by `--on-nan skip` alone; `leaf` names what was not finite. All but the figures of time and
+memory is fixed by the config.
 """
 
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,12 +32,13 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from experiments.errors import NonFinite
+from experiments.events import TensorBoard, Wandb
+from experiments.workdir import writing
+
 METRICS = "metrics.jsonl"  # file of a workdir
+MEASURED = ("seconds", "step_seconds", "memory_bytes")  # fields that the config does not fix
 PLAIN_INTERVAL = 10  # seconds between two lines of progress where there is no terminal
-
-
-class NonFinite(Exception):
-    """A metric or a weight is not finite."""
 
 
 class Log:
@@ -43,15 +48,21 @@ class Log:
       epochs: the lines of kind "epoch", those from before a resume included.
     """
 
-    def __init__(self, workdir: Path, size: int, step: int) -> None:
+    def __init__(self, workdir: Path, size: int, step: int, wandb: str | None = None) -> None:
         """Opens the log as it was when it had `size` bytes, after `step` steps.
+
+        Args:
+          workdir: the folder.
+          size: bytes to keep.
+          step: where to go on.
+          wandb: a project of Weights & Biases to record to as well.
 
         Raises:
           ValueError: if it is shorter than that.
-        """
-        from tensorboardX import SummaryWriter  # a second and a half
 
-        path = workdir / METRICS
+        Every method raises a UserError if it cannot write.
+        """
+        self._workdir, path = workdir, workdir / METRICS
         found = path.stat().st_size if path.exists() else 0
         if found < size:
             raise ValueError(
@@ -64,33 +75,59 @@ class Log:
         self._file.seek(0)
         lines = [json.loads(line) for line in self._file]
         self.epochs = [line for line in lines if line["kind"] == "epoch"]
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._sinks: list[TensorBoard | Wandb] = [TensorBoard(workdir / "tensorboard", step + 1)]
+        if wandb is not None:
+            self._sinks.append(Wandb(wandb, workdir))
 
     def write(
         self, kind: str, step: int, epoch: int, values: Mapping[str, float], **other: Any
     ) -> dict[str, Any]:
-        """Writes one line, and its values as events; `other` goes into the line alone."""
+        """Writes one line; numbers go to the sinks as scalars, arrays of "alpha" as histograms."""
         line = {"kind": kind, "step": step, "epoch": epoch, **values, **other}
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        for name, value in values.items():
-            self._events.add_scalar(f"{kind}/{name}", value, step)
+        measured = {name: other[name] for name in MEASURED if name in other}
+        with writing(self._workdir):
+            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            for sink in self._sinks:
+                sink.scalars(step, kind, {**values, **measured})
+                for path, array in _arrays("alpha", other.get("alpha")):
+                    sink.histogram(step, path, array)
         if kind == "epoch":
             self.epochs.append(line)
         return line
 
+    def pictures(self, step: int, files: Sequence[Path]) -> None:
+        """Hands pictures, PNG, to the sinks."""
+        with writing(self._workdir):
+            for sink in self._sinks:
+                for file in files:
+                    sink.picture(step, file.stem, file.read_bytes())
+
     def sync(self) -> int:
         """Brings every line to the disk; returns the size of the file in bytes."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._events.flush()
-        return self._file.tell()
+        with writing(self._workdir):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            for sink in self._sinks:
+                sink.flush()
+            return self._file.tell()
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._events.close()
+        with writing(self._workdir):
+            self._file.close()
+            for sink in self._sinks:
+                sink.close()
+
+
+def _arrays(name: str, alpha: Any) -> list[tuple[str, np.ndarray]]:
+    """The arrays, by name, of alphas as a line holds them: a matrix, or one for each cell."""
+    if alpha is None:
+        return []
+    if isinstance(alpha, Mapping):
+        return [(f"{name}/{cell}", np.asarray(values)) for cell, values in alpha.items()]
+    return [(name, np.asarray(alpha))]
 
 
 class Display:
@@ -129,6 +166,10 @@ class Display:
         self._detail = text if seconds is None else ""
         if seconds is not None and seconds >= 1:
             self.console.print(f"  {text}: {seconds:.1f} s", highlight=False)
+
+    def warn(self, text: str) -> None:
+        """Prints what a user should know, in one line."""
+        self.console.print(f"warning: {text}", soft_wrap=True, highlight=False, markup=False)
 
     def start(self, step: int, total: int, steps_per_epoch: int) -> None:
         """Starts the clock of steps `step + 1` to `total`."""
@@ -194,11 +235,20 @@ def require_finite(step: int, tree: Any) -> None:
         values = np.asarray(leaf)
         finite = np.isfinite(values)
         if not finite.all():
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            raise NonFinite(
-                f"step {step}: {name} is {values[~finite].flat[0]}. The last good checkpoint is"
-                " kept; give another --workdir and lower learning rates"
-            )
+            raise non_finite(step, leaf_name(path), values[~finite].flat[0])
+
+
+def non_finite(step: int, name: str, value: object = "not finite") -> NonFinite:
+    """The error that names a step and a leaf."""
+    return NonFinite(
+        f"step {step}: {name} is {value}. The last good checkpoint is kept; go on from it with"
+        " lower learning rates by --fork NEWDIR, or leave such steps out by --on-nan skip"
+    )
+
+
+def leaf_name(path: Sequence[Any]) -> str:
+    """A leaf's place in a pytree, as "gradient.cell_0.kernel"."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator=".")
 
 
 def _format(values: Mapping[str, Any]) -> str:

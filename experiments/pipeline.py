@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import tyro
 from rich.table import Table
 
 from darts_jax import data
-from experiments import command_line, evaluate_cnn, evaluation_config, report, runner, search_cnn
+from experiments import command_line, evaluate_cnn, evaluation_config, report, search_cnn
 from experiments.config import DataConfig
 from experiments.evaluation_config import TrainConfig
 from experiments.metrics import Display
+from experiments.run_config import RunConfig, prepare
 from experiments.search_cnn import SearchConfig
 from experiments.selection import (
     Candidate,
@@ -32,6 +34,7 @@ from experiments.selection import (
     save_random,
     train_briefly,
 )
+from experiments.workdir import opened, write_config, writing
 
 MODULE = "experiments.pipeline"
 # Estimator of a search -> what the paper calls it.
@@ -63,8 +66,7 @@ class Config:
     """Networks of the chosen cells to train side by side."""
     seed: int = 0
     """Of everything random."""
-    log_every: int = 10
-    """Steps from one line of a metrics.jsonl to the next."""
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     workdir: Path | None = None
     """Folder to write to, and to resume from; None for runs/pipeline-PRESET-seedSEED."""
 
@@ -77,7 +79,7 @@ def _preset(name: str, **options: int) -> tuple[str, Config]:
         searched.search,
         trained.network,
         trained.train,
-        log_every=trained.log_every,
+        run=trained.run,
         **options,
     )
 
@@ -130,7 +132,7 @@ def search_config(config: Config, estimator: str, seed: int) -> search_cnn.Confi
     """One search. Its images are augmented as the supernet's preset has it: without cutout."""
     images = replace(config.data, cutout=0)
     search = replace(config.search, estimator=estimator)
-    return search_cnn.Config(images, config.supernet, search, seed, config.log_every)
+    return search_cnn.Config(images, config.supernet, search, seed, config.run)
 
 
 def train_config(config: Config) -> evaluate_cnn.Config:
@@ -141,7 +143,7 @@ def train_config(config: Config) -> evaluate_cnn.Config:
         train=config.train,
         seeds=config.seeds,
         seed=config.seed,
-        log_every=config.log_every,
+        run=config.run,
     )
 
 
@@ -248,20 +250,19 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command line."""
     with command_line.user_errors():
         preset, config = command_line.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
+        prepare(config.run)
         check(config)
     workdir = config.workdir or Path("runs") / f"pipeline-{preset}-seed{config.seed}"
-    runner.check_workdir(workdir, config)
-    command_line.enable_compilation_cache()
     command = command_line.command(MODULE, argv)
-    with Display() as display:
+    with opened(workdir, config, config.run.fork) as workdir, Display() as display:
         with command_line.user_errors(), display.phase(f"loading {config.data.name}"):
             dataset = data.load(config.data.name, config.data.path, config.data.limit)
-        with runner.writing(workdir):
-            runner.write_config(config, workdir)
+        with writing(workdir):
+            write_config(config, workdir)
         pipeline = Pipeline(preset, config, dataset, workdir, display, [command])
         with command_line.user_errors():
             methods = compare(pipeline)
-        with display.phase("writing the report"), runner.writing(workdir):
+        with display.phase("writing the report"), writing(workdir):
             page = report.page(
                 f"Cells on {config.data.name}",
                 COLUMNS,

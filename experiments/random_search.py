@@ -9,18 +9,21 @@ cells. The same command resumes.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import tyro
 from rich.table import Table
 from rich.text import Text
 
 from darts_jax import data, genotype, plots
-from experiments import command_line, evaluate_cnn, runner
+from experiments import command_line, evaluate_cnn
 from experiments.config import DataConfig
 from experiments.evaluation_config import NetworkConfig, TrainConfig
 from experiments.metrics import Display
+from experiments.run_config import RunConfig, prepare
 from experiments.selection import Candidate, save_random, train_briefly
+from experiments.workdir import opened, write_config, writing
 
 MODULE = "experiments.random_search"
 
@@ -45,15 +48,14 @@ class Config:
     """Networks of the best cells to train side by side."""
     seed: int = 0
     """Of everything random, the cells included."""
-    log_every: int = 10
-    """Steps from one line of a metrics.jsonl to the next."""
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     workdir: Path | None = None
     """Folder to write to, and to resume from; None for runs/random_search-PRESET-seedSEED."""
 
 
 def _preset(name: str, **options: int) -> tuple[str, Config]:
     text, own = evaluate_cnn.PRESETS[name]
-    return text, Config(own.data, own.network, own.train, log_every=own.log_every, **options)
+    return text, Config(own.data, own.network, own.train, run=own.run, **options)
 
 
 PRESETS = {
@@ -70,7 +72,7 @@ def brief_config(config: Config) -> evaluate_cnn.Config:
     """The short training that a config stands for, without its cells."""
     train = replace(config.train, epochs=config.brief_epochs, portion=config.train_portion)
     return evaluate_cnn.Config(
-        config.data, None, config.network, train, seed=config.seed, log_every=config.log_every
+        config.data, None, config.network, train, seed=config.seed, run=config.run
     )
 
 
@@ -82,7 +84,7 @@ def full_config(config: Config, source: str) -> evaluate_cnn.Config:
         train=config.train,
         seeds=config.seeds,
         seed=config.seed,
-        log_every=config.log_every,
+        run=config.run,
     )
     return evaluate_cnn.with_cells(whole, source)
 
@@ -118,15 +120,14 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command line."""
     with command_line.user_errors():
         preset, config = command_line.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
+        prepare(config.run)
         check(config)
     workdir = config.workdir or Path("runs") / f"random_search-{preset}-seed{config.seed}"
-    runner.check_workdir(workdir, config)
-    command_line.enable_compilation_cache()
-    with Display() as display:
+    with opened(workdir, config, config.run.fork) as workdir, Display() as display:
         with command_line.user_errors(), display.phase(f"loading {config.data.name}"):
             dataset = data.load(config.data.name, config.data.path, config.data.limit)
-        with runner.writing(workdir):
-            runner.write_config(config, workdir)
+        with writing(workdir):
+            write_config(config, workdir)
         candidates = save_random(config.count, config.nodes, config.seed, workdir / "cells")
         brief = brief_config(config)
         ranked = train_briefly(candidates, brief, dataset, workdir / "brief", display)
@@ -134,7 +135,7 @@ def run(argv: Sequence[str]) -> None:
         display.console.print(f"training {best.name}", highlight=False)
         full = full_config(config, best.source)
         outcome = evaluate_cnn.train(full, dataset, workdir / "best", display)
-        with display.phase("drawing"), runner.writing(workdir):
+        with display.phase("drawing"), writing(workdir):
             genotype.save(full.cells, workdir / "genotype.json")
             plots.draw_genotype(full.cells, workdir)
     command = command_line.next_command(MODULE, argv, config.seed + 1)

@@ -17,17 +17,20 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import tyro
 from rich.table import Table
 
 from darts_jax import genotype, text
 from darts_jax.files import write_text
 from darts_jax.text import Corpus
-from experiments import command_line, evaluate_rnn, runner, texts
+from experiments import command_line, evaluate_rnn, texts
 from experiments.evaluate_rnn import DEFAULT_GENOTYPE, LSTM, TrainConfig
 from experiments.metrics import Display
+from experiments.run_config import RunConfig, prepare
 from experiments.selection import nearest_size
 from experiments.sources import newest_search, saved_genotype
 from experiments.texts import DropoutConfig, TextConfig
+from experiments.workdir import opened, write_config, writing
 
 MODULE = "experiments.recurrent_baselines"
 MAX_SIZE = 4096  # to which a budget is searched
@@ -48,15 +51,14 @@ class Config:
     """Trainings of each; of the random ones, each with a cell of its own."""
     seed: int = 0
     """Of the first training, and of the random cells."""
-    log_every: int = 10
-    """Steps from one line of a metrics.jsonl to the next."""
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     workdir: Path | None = None
     """Folder to write to, and to resume from; None for runs/recurrent_baselines-PRESET-seedSEED."""
 
 
 def _preset(name: str, **options) -> tuple[str, Config]:
     about, own = evaluate_rnn.PRESETS[name]
-    config = Config(own.data, None, own.size, own.dropout, own.train, log_every=own.log_every)
+    config = Config(own.data, None, own.size, own.dropout, own.train, run=own.run)
     return about, replace(config, **options)
 
 
@@ -89,7 +91,7 @@ def train_config(config: Config, name: str, seed: int) -> evaluate_rnn.Config:
         dropout=config.dropout,
         train=config.train,
         seed=seed,
-        log_every=config.log_every,
+        run=config.run,
     )
     return evaluate_rnn.with_cell(whole, name)
 
@@ -113,7 +115,7 @@ def fit_budget(config: evaluate_rnn.Config, corpus: Corpus, parameters: int) -> 
 def save_random(config: Config, nodes: int, folder: Path) -> list[str]:
     """Draws a cell for each seed, into files."""
     rng, paths = np.random.default_rng(config.seed), []
-    with runner.writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for i in range(config.seeds):
             paths.append(folder / f"random_{i}.json")
@@ -188,19 +190,18 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command line."""
     with command_line.user_errors():
         preset, config = command_line.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
+        prepare(config.run)
         check(config)
         default = Path("runs") / f"recurrent_baselines-{preset}-seed{config.seed}"
         workdir = config.workdir or default
         config = resolve_genotype(config, workdir)
-    runner.check_workdir(workdir, config)
-    command_line.enable_compilation_cache()
-    with Display() as display:
+    with opened(workdir, config, config.run.fork) as workdir, Display() as display:
         with command_line.user_errors(), display.phase(f"loading {config.data.name}"):
             corpus = text.load(config.data.name, config.data.path, config.data.limit)
-        with runner.writing(workdir):
-            runner.write_config(config, workdir)
+        with writing(workdir):
+            write_config(config, workdir)
         rows = compare(config, corpus, workdir, display)
-        with runner.writing(workdir):
+        with writing(workdir):
             content = json.dumps([row._asdict() for row in rows], indent=2) + "\n"
             write_text(workdir / "baselines.json", content)
     display.console.print(summary(rows, corpus, config.seeds))

@@ -1,33 +1,44 @@
-"""The loop that every experiment shares: workdir, resume, signals.
+"""The loop that every experiment shares: resume, checkpoints, signals, what is not finite.
 
 A workdir holds config.json, metrics.jsonl (see `experiments.metrics`), TensorBoard events and
 checkpoints. The same command on the same workdir goes on where it ended, with the same bits as if
 it had never stopped.
 """
 
-import dataclasses
-import json
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 
 from darts_jax import checkpoint
-from darts_jax.files import write_text
-from experiments.command_line import COMPILER, Interrupted, UserError, user_errors
-from experiments.metrics import METRICS, Display, Log, require_finite
+from experiments.command_line import COMPILER, user_errors
+from experiments.errors import Interrupted, UserError
+from experiments.memory import device_memory
+from experiments.metrics import (
+    METRICS,
+    Display,
+    Log,
+    leaf_name,
+    non_finite,
+    require_finite,
+)
+from experiments.run_config import RunConfig
+from experiments.workdir import write_config, writing
 
 PyTree = Any
 
-CHECKPOINTS = "checkpoints"  # folder of a workdir
+CHECKPOINTS = "checkpoints"  # folders of a workdir
+PROFILE = "profile"
+BEST = "eval_loss"  # the metric whose smallest value makes the best checkpoint
+MAX_SKIPPED = 10  # steps in a row
 
 
 class Job(NamedTuple):
@@ -37,7 +48,8 @@ class Job(NamedTuple):
       name: of the step, as "search step".
       init: makes the state before the first step, outside of jit.
       train_step: (state, data, batch) -> (state, NamedTuple of scalar metrics); pure, made of
-        jitted functions, and free to donate the state.
+        jitted functions, and free to donate the state. Its metric `nonfinite` is no figure, but
+        the index of the first leaf of what `checked` returns that is not finite, or -1.
       eval_step: (state, data, batch) -> ({metric: sum over the batch}, number of samples); so too.
       data: pytree of arrays on the device, an argument of both steps at every call.
       train_batches: epoch, from 0 -> its batches, `steps_per_epoch` pytrees of arrays of one shape;
@@ -46,7 +58,10 @@ class Job(NamedTuple):
       epochs: how many to run.
       steps_per_epoch: training steps in each of them.
       end_epoch: called with the state after each epoch; returns what to record besides metrics.
+      checked: state -> a pytree that names what must be finite in a step, by its structure.
       next_epoch: (state, the lines of kind "epoch" so far) -> state to go on with.
+      draw: called with the lines of kind "epoch", at the end; returns the pictures, PNG.
+      facts: what else than the config makes the run what it is, such as hashes of its data.
     """
 
     name: str
@@ -59,7 +74,10 @@ class Job(NamedTuple):
     epochs: int
     steps_per_epoch: int
     end_epoch: Callable[[PyTree], dict[str, Any]]
+    checked: Callable[[PyTree], PyTree]
     next_epoch: Callable[[PyTree, Sequence[dict[str, Any]]], PyTree] = lambda state, lines: state
+    draw: Callable[[Sequence[dict[str, Any]]], Sequence[Path]] = lambda lines: ()
+    facts: Mapping[str, str] = MappingProxyType({})
 
 
 class Result(NamedTuple):
@@ -89,106 +107,97 @@ class _Saved(NamedTuple):
     epoch_seconds: float
 
 
-def check_workdir(workdir: Path, config: Any) -> None:
-    """Raises a UserError if the folder holds another run, or something else. Writes nothing."""
-    try:
-        saved = flatten(json.loads((workdir / "config.json").read_text()))
-    except FileNotFoundError:
-        if workdir.exists() and any(workdir.iterdir()):
-            raise UserError(
-                f"{workdir} holds files but no run (no config.json); give another --workdir"
-            ) from None
-        return
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{workdir}/config.json cannot be read ({error}); give another --workdir"
-        ) from error
-    current = flatten(_resolve(config))
-    differing = [
-        f"{name} is {saved.get(name, 'missing')} there, {current.get(name, 'missing')} here"
-        for name in sorted(saved.keys() | current.keys())
-        if saved.get(name, "missing") != current.get(name, "missing")
-    ]
-    if differing:
-        raise UserError(
-            f"{workdir} holds a run with another config: {'; '.join(differing)}."
-            " Give another --workdir, or the fields of that run"
-        )
-
-
-@contextmanager
-def writing(workdir: Path) -> Iterator[None]:
-    """Inside, an OSError is a UserError that names the workdir."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write to {workdir} ({error}); give another --workdir") from error
-
-
-def write_config(config: Any, workdir: Path) -> None:
-    """Writes config.json, which `check_workdir` reads; makes the folder if need be."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_text(workdir / "config.json", json.dumps(_resolve(config), indent=2) + "\n")
-
-
-def run(job: Job, config: Any, workdir: Path, log_every: int, display: Display) -> Result:
+def run(job: Job, config: Any, workdir: Path, display: Display) -> Result:
     """Runs a job from where its workdir says to its end.
 
-    A checkpoint is saved at the start, after each epoch, and within one on SIGINT or SIGTERM: the
-    step that runs is finished first, as is an evaluation. A second signal kills at once.
+    A checkpoint is saved at the start, after each epoch, and within one every few minutes and on
+    SIGINT or SIGTERM: the step that runs is finished first, as is an evaluation. A second signal
+    kills at once.
 
     Args:
       job: what to run.
-      config: a dataclass, written to config.json.
+      config: a dataclass, written to config.json; its field `run` is a `RunConfig`.
       workdir: the folder to write to.
-      log_every: training steps from one line of metrics.jsonl to the next.
       display: shows the progress.
 
     Raises:
-      UserError: if `job.init` raises a ValueError, or the workdir cannot be resumed.
-      NonFinite: at the first step with a metric, or the first epoch with a weight, that is not
-        finite; the last checkpoint is from before.
+      UserError: if `job.init` raises a ValueError, or the workdir cannot be resumed or written.
+      NonFinite: at the first step with a metric, or the first checkpoint with a weight, that is not
+        finite, unless it may be skipped; the last checkpoint is from before.
       Interrupted: by a signal.
     """
-    with _stop_signal() as stop:
+    with _stop_signal() as stop, ExitStack() as stack:
         step, saved, log = _open(job, config, workdir, display)
-        with log:
-            if len(log.epochs) >= job.epochs:
-                return Result(saved.state, log.epochs, compile_seconds=0.0)
-            start = time.monotonic()
-            examples = (
-                (job.name, job.train_step, job.train_batches(0)[0]),
-                ("evaluation", job.eval_step, job.eval_batches[0]),
+        stack.enter_context(log)
+        if len(log.epochs) >= job.epochs:
+            _draw(job, log, step, workdir, display)
+            return Result(saved.state, log.epochs, compile_seconds=0.0)
+        compile_seconds = _compile_all(job, saved.state, step, display, stop)
+        with writing(workdir, checkpoint.SaveError):
+            saver = stack.enter_context(
+                checkpoint.open_saver(workdir / CHECKPOINTS, config.run.keep, BEST)
             )
-            for name, function, batch in examples:
-                # Of a copy, since a step may donate the state.
-                copy = jax.tree.map(lambda x: x.copy(), saved.state)
-                call = partial(function, copy, job.data, batch)
-                _compile(call, name, step, display, stop)
-            compile_seconds = time.monotonic() - start
+        state = _loop(job, config.run, workdir, display, stop, step, saved, log, saver)
+        with writing(workdir):
+            checkpoint.finish(saver)
+        _draw(job, log, job.epochs * job.steps_per_epoch, workdir, display)
+        return Result(state, log.epochs, compile_seconds)
 
-            display.start(step, job.epochs * job.steps_per_epoch, job.steps_per_epoch)
-            observe = partial(_observe, log, log_every, job.steps_per_epoch, display)
-            state, seconds = saved.state, saved.epoch_seconds
-            for epoch in range(len(log.epochs), job.epochs):
-                start = time.monotonic() - seconds
-                batches = job.train_batches(epoch)[step - epoch * job.steps_per_epoch :]
-                state, step = _train(job.train_step, state, step, job.data, batches, observe, stop)
-                require_finite(step, state)
-                if step < (epoch + 1) * job.steps_per_epoch:
-                    seconds = time.monotonic() - start
-                else:
-                    values = _evaluate(job.eval_step, state, job.data, job.eval_batches)
-                    require_finite(step, values)
-                    other = {"seconds": time.monotonic() - start, **job.end_epoch(state)}
-                    display.epoch(log.write("epoch", step, epoch + 1, values, **other))
-                    state = job.next_epoch(state, log.epochs)
-                    seconds = 0.0
-                saved = _Saved(state, log.sync(), seconds)
-                checkpoint.save(workdir / CHECKPOINTS, step, saved)
+
+def _loop(
+    job: Job,
+    config: RunConfig,
+    workdir: Path,
+    display: Display,
+    stop: SimpleNamespace,
+    step: int,
+    saved: _Saved,
+    log: Log,
+    saver: checkpoint.Saver,
+) -> PyTree:
+    """The epochs that are left; returns the state after them."""
+    per_epoch = job.steps_per_epoch
+    display.start(step, job.epochs * per_epoch, per_epoch)
+    names = [leaf_name(path) for path, _ in jax.tree.leaves_with_path(job.checked(saved.state))]
+    observer = _Observer(log, config, per_epoch, display, names)
+    left = job.epochs * per_epoch - step - 1  # after the first one
+    profile = _Profile(workdir / PROFILE, step + 2, min(config.profile, left))
+    state, seconds = saved.state, saved.epoch_seconds
+    for epoch in range(step // per_epoch, job.epochs):
+        start, end = time.monotonic() - seconds, (epoch + 1) * per_epoch
+        batches = iter(job.train_batches(epoch)[step - epoch * per_epoch :])
+        while step < end:
+            due = partial(_due, stop, time.monotonic() + 60 * config.save_minutes)
+            state, step = _train(job, state, step, batches, due, observer, profile)
+            require_finite(step, state)
+            seconds, values = time.monotonic() - start, {}
+            if step == end:
+                values = _evaluate(job.eval_step, state, job.data, job.eval_batches)
+                require_finite(step, values)
+                other = {"seconds": time.monotonic() - start, "memory_bytes": device_memory()}
+                with writing(workdir):
+                    other |= job.end_epoch(state)
+                display.epoch(log.write("epoch", step, epoch + 1, values, **other))
+                state, seconds = job.next_epoch(state, log.epochs), 0.0
+            saved = _Saved(state, log.sync(), seconds)
+            with writing(workdir):
+                checkpoint.save(saver, step, saved, values)
                 if stop.signum:
-                    raise Interrupted(stop.signum, step)
-            return Result(state, log.epochs, compile_seconds)
+                    checkpoint.finish(saver)
+            if stop.signum:
+                raise Interrupted(stop.signum, step)
+    return state
+
+
+def _due(stop: SimpleNamespace, at: float) -> bool:
+    """Whether a signal has come, or the time to save."""
+    return stop.signum is not None or time.monotonic() >= at
+
+
+def _draw(job: Job, log: Log, step: int, workdir: Path, display: Display) -> None:
+    with display.phase("drawing"), writing(workdir):
+        log.pictures(step, job.draw(log.epochs))
+        log.sync()
 
 
 def _open(job: Job, config: Any, workdir: Path, display: Display) -> tuple[int, _Saved, Log]:
@@ -203,12 +212,30 @@ def _open(job: Job, config: Any, workdir: Path, display: Display) -> tuple[int, 
                 f"{workdir} holds {METRICS} but no checkpoint; put {CHECKPOINTS}/ back, or start"
                 " anew in another --workdir"
             )
+        for path in restored.damaged if restored else ():
+            display.warn(f"a checkpoint cannot be read and was set aside, as {path}")
         with writing(workdir):
-            write_config(config, workdir)
+            write_config(config, workdir, job.facts)
             if restored is None:  # so that metrics without a checkpoint have lost theirs
-                checkpoint.save(workdir / CHECKPOINTS, 0, fresh)
-        step, saved = restored or (0, fresh)
-        return step, saved, Log(workdir, saved.log_size, step)
+                with checkpoint.open_saver(workdir / CHECKPOINTS) as saver:
+                    checkpoint.save(saver, 0, fresh)
+            step, saved = restored[:2] if restored else (0, fresh)
+            return step, saved, Log(workdir, saved.log_size, step, config.run.wandb)
+
+
+def _compile_all(
+    job: Job, state: PyTree, step: int, display: Display, stop: SimpleNamespace
+) -> float:
+    """Compiles both steps of a job; returns the seconds that took."""
+    start = time.monotonic()
+    examples = (
+        (job.name, job.train_step, job.train_batches(0)[0]),
+        ("evaluation", job.eval_step, job.eval_batches[0]),
+    )
+    for name, function, batch in examples:
+        copy = jax.tree.map(lambda x: x.copy(), state)  # since a step may donate the state
+        _compile(partial(function, copy, job.data, batch), name, step, display, stop)
+    return time.monotonic() - start
 
 
 def _compile(
@@ -244,38 +271,90 @@ def _compile(
 
 
 def _train(
-    train_step: Callable,
+    job: Job,
     state: PyTree,
     step: int,
-    data: PyTree,
-    batches: Sequence[PyTree],
-    observe: Callable[[int, Any], None],
-    stop: SimpleNamespace,
+    batches: Iterator[PyTree],
+    due: Callable[[], bool],
+    observer: "_Observer",
+    profile: "_Profile",
 ) -> tuple[PyTree, int]:
-    """Steps until the batches end or a signal comes: the state, and the number of steps."""
+    """Steps until the batches end or something is due: the state, and the number of steps."""
     waiting: list[tuple[int, Any]] = []
     for batch in batches:
-        state, metrics = train_step(state, data, batch)
         step += 1
+        profile.before(step)
+        state, metrics = job.train_step(state, job.data, batch)
+        profile.after(step, metrics)
         # One step is looked at while the next one runs, so that the device never waits for us.
         for finished in waiting:
-            observe(*finished)
+            observer.observe(*finished)
         waiting = [(step, metrics)]
-        if stop.signum:
+        if due():
             break
     for finished in waiting:
-        observe(*finished)
+        observer.observe(*finished)
     return state, step
 
 
-def _observe(
-    log: Log, log_every: int, steps_per_epoch: int, display: Display, step: int, metrics: Any
-) -> None:
-    values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
-    require_finite(step, values)
-    display.update(step, values)
-    if step % log_every == 0:
-        log.write("step", step, (step - 1) // steps_per_epoch + 1, values)
+class _Observer:
+    """Looks at the metrics of each step: shows them, writes them, and finds what is not finite."""
+
+    def __init__(
+        self,
+        log: Log,
+        config: RunConfig,
+        steps_per_epoch: int,
+        display: Display,
+        names: Sequence[str],
+    ) -> None:
+        self._log, self._config, self._display = log, config, display
+        self._steps_per_epoch, self._names = steps_per_epoch, names
+        self._skipped = self._steps = 0  # in a row; since the last line
+        self._start = time.monotonic()
+
+    def observe(self, step: int, metrics: Any) -> None:
+        """Takes the metrics of a step that follows the one before.
+
+        Raises:
+          NonFinite: if they are not finite, or were not so too often.
+        """
+        values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
+        epoch, bad = (step - 1) // self._steps_per_epoch + 1, int(values.pop("nonfinite"))
+        self._steps += 1
+        if bad >= 0:
+            self._skipped += 1
+            if self._config.on_nan == "halt" or self._skipped > MAX_SKIPPED:
+                raise non_finite(step, self._names[bad])
+            self._log.write("skip", step, epoch, {}, leaf=self._names[bad])
+            self._display.warn(f"step {step} is skipped: {self._names[bad]} is not finite")
+            return
+        self._skipped = 0
+        require_finite(step, values)
+        self._display.update(step, values)
+        if step % self._config.log_every == 0:
+            now = time.monotonic()
+            seconds = (now - self._start) / self._steps
+            self._log.write("step", step, epoch, values, step_seconds=seconds)
+            self._start, self._steps = now, 0
+
+
+class _Profile:
+    """Traces some steps: the second of this process, and so on."""
+
+    def __init__(self, folder: Path, first: int, count: int) -> None:
+        self._folder, self._first, self._last = folder, first, first + count - 1
+
+    def before(self, step: int) -> None:
+        """Before each step."""
+        if step == self._first <= self._last:
+            jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+
+    def after(self, step: int, metrics: Any) -> None:
+        """After each step."""
+        if step == self._last >= self._first:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
 
 
 def _evaluate(
@@ -305,22 +384,3 @@ def _stop_signal() -> Iterator[SimpleNamespace]:
         yield stop
     finally:
         restore()
-
-
-def _resolve(config: Any) -> dict[str, Any]:
-    """The config as JSON holds it; where it is written to is no part of what it is."""
-    fields = dataclasses.asdict(config)
-    fields.pop("workdir")
-    return json.loads(json.dumps(fields))
-
-
-def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"search.epochs": 50, ...} of nested fields."""
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        flat |= (
-            flatten(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else {prefix + name: value}
-        )
-    return flat

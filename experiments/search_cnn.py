@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 import optax
+import tyro
 from rich.table import Table
 from rich.text import Text
 
@@ -37,6 +38,8 @@ from experiments.config import (
 from experiments.images import make_augment, plain_batch
 from experiments.memory import peak_memory
 from experiments.metrics import Display
+from experiments.run_config import RunConfig, check_run, prepare
+from experiments.workdir import opened
 
 MODULE = "experiments.search_cnn"
 
@@ -81,8 +84,7 @@ class Config:
     search: SearchConfig = field(default_factory=SearchConfig)
     seed: int = 0
     """Of everything random: parameters, order of the images, augmentation."""
-    log_every: int = 10
-    """Steps from one line of metrics.jsonl to the next."""
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     workdir: Path | None = None
     """Folder to write to, and to resume from; None for runs/search_cnn-PRESET-seedSEED."""
 
@@ -127,7 +129,7 @@ PAPER = Config(
             weight_decay=1e-3,  # paper
         ),
     ),
-    log_every=50,  # code: report_freq
+    run=RunConfig(log_every=50),  # code: report_freq
 )
 PRESETS = {
     "digits": ("8x8 handwritten digits (embedded), minutes on two cores", DIGITS),
@@ -155,7 +157,7 @@ PRESETS = {
             data=replace(DIGITS.data, limit=128),
             network=NetworkConfig(channels=2, layers=3, nodes=2),
             search=replace(DIGITS.search, epochs=2),
-            log_every=1,
+            run=RunConfig(log_every=1),
         ),
     ),
 }
@@ -254,7 +256,13 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
     network = supernet(config.network, dataset.num_classes)
     w = w_optimizer(config.search.w, w_schedule(config.search.w, epochs, steps_per_epoch))
     alpha = alpha_optimizer(config.search.alpha)
-    step = search.make_step(network, make_estimator(config.search, w), w, alpha)
+    step = search.make_step(
+        network,
+        make_estimator(config.search, w),
+        w,
+        alpha,
+        skip_nonfinite=config.run.skip_nonfinite,
+    )
 
     def init() -> search.SearchState:
         shape = dataset.image_shape
@@ -276,6 +284,8 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
         epochs=epochs,
         steps_per_epoch=steps_per_epoch,
         end_epoch=partial(end_epoch, workdir),
+        checked=search.checked,
+        draw=partial(draw, workdir),
     )
 
 
@@ -292,29 +302,34 @@ def check(config: Config) -> None:
         ("search.alpha.b1", alpha.b1, 0),
         ("search.alpha.b2", alpha.b2, 0),
         ("search.alpha.weight-decay", alpha.weight_decay, 0),
-        ("log-every", config.log_every, 1),
     )
     check_w(config.search.w, "search.w")
     if not config.search.radius > 0:
         raise ValueError(f"--search.radius is {config.search.radius}; give more than 0")
     command_line.check_below_one(("search.alpha.b1", alpha.b1), ("search.alpha.b2", alpha.b2))
     command_line.check_seed(config.seed)
+    check_run(config.run)
 
 
-def draw(epochs: Sequence[dict[str, Any]], workdir: Path) -> genotype.Genotype:
-    """Draws the cells that were found, and the alphas over time; returns the cells."""
+def found(epochs: Sequence[dict[str, Any]]) -> genotype.Genotype:
+    """The cells that the last of some epochs stands for."""
+    return genotype.derive(epochs[-1]["alpha"])
+
+
+def draw(workdir: Path, epochs: Sequence[dict[str, Any]]) -> list[Path]:
+    """Draws the cells that were found, and the alphas over time; returns the pictures, PNG."""
     from darts_jax import plots  # matplotlib
 
     alphas = {
         name: np.array([line["alpha"][name] for line in epochs]) for name in ("normal", "reduce")
     }
-    found = genotype.derive({name: values[-1] for name, values in alphas.items()})
-    genotype.save(found, workdir / "genotype.json")
-    plots.draw_genotype(found, workdir)
+    cells = found(epochs)
+    genotype.save(cells, workdir / "genotype.json")
+    plots.draw_genotype(cells, workdir)
     plots.draw_alphas(
         [line["step"] for line in epochs], alphas, genotype.CNN_PRIMITIVES, workdir / "alphas"
     )
-    return found
+    return [workdir / f"{name}.png" for name in (*alphas, "alphas")]
 
 
 def search_cells(
@@ -323,12 +338,11 @@ def search_cells(
     """Searches, or goes on where the workdir says; returns the cells that were found."""
     with command_line.user_errors():
         job = make_job(config, dataset, workdir)
-    result = runner.run(job, config, workdir, config.log_every, display)
-    with display.phase("drawing"), runner.writing(workdir):
-        return draw(result.epochs, workdir), result
+    result = runner.run(job, config, workdir, display)
+    return found(result.epochs), result
 
 
-def summary(found: genotype.Genotype, result: runner.Result, workdir: Path, command: str) -> Table:
+def summary(cells: genotype.Genotype, result: runner.Result, workdir: Path, command: str) -> Table:
     """The table that a search ends with."""
 
     def cell(edges: Sequence[genotype.Edge]) -> str:
@@ -341,8 +355,8 @@ def summary(found: genotype.Genotype, result: runner.Result, workdir: Path, comm
 
     last = result.epochs[-1]
     table = Table(title="Search finished", show_header=False, title_justify="left")
-    table.add_row("normal cell", cell(found.normal))
-    table.add_row("reduction cell", cell(found.reduce))
+    table.add_row("normal cell", cell(cells.normal))
+    table.add_row("reduction cell", cell(cells.reduce))
     table.add_row(
         "validation", f"accuracy {last['eval_accuracy']:.1%}, loss {last['eval_loss']:.3f}"
     )
@@ -363,18 +377,17 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command line."""
     with command_line.user_errors():
         preset, config = command_line.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
+        prepare(config.run)
         check(config)
     workdir = config.workdir or Path("runs") / f"search_cnn-{preset}-seed{config.seed}"
-    runner.check_workdir(workdir, config)
-    command_line.enable_compilation_cache()
-    with Display() as display:
+    with opened(workdir, config, config.run.fork) as workdir, Display() as display:
         with command_line.user_errors(), display.phase(f"loading {config.data.name}"):
             dataset = data.load(config.data.name, config.data.path, config.data.limit)
-        found, result = search_cells(config, dataset, workdir, display)
+        cells, result = search_cells(config, dataset, workdir, display)
     command = command_line.command(
         "experiments.evaluate_cnn", [preset, "--genotype", f"{workdir}/genotype.json"]
     )
-    display.console.print(summary(found, result, workdir, command))
+    display.console.print(summary(cells, result, workdir, command))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from rich.table import Table
 from rich.text import Text
 
@@ -31,8 +32,10 @@ from experiments.config import AlphaConfig, alpha_optimizer
 from experiments.memory import peak_memory
 from experiments.metrics import Display
 from experiments.recurrent_cell import START, describe, draw_cell
+from experiments.run_config import RunConfig, check_run, prepare
 from experiments.search_cnn import make_estimator
 from experiments.texts import DropoutConfig, TextConfig, TextOptimizerConfig
+from experiments.workdir import opened, write_config, writing
 
 MODULE = "experiments.search_rnn"
 
@@ -80,8 +83,7 @@ class Config:
     search: SearchConfig = field(default_factory=SearchConfig)
     seed: int = 0
     """Of everything random: parameters, lengths of sequences, dropout."""
-    log_every: int = 10
-    """Steps from one line of metrics.jsonl to the next."""
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     workdir: Path | None = None
     """Folder to write to, and to resume from; None for runs/search_rnn-PRESET-seedSEED."""
 
@@ -128,7 +130,7 @@ PAPER = Config(
             weight_decay=1e-3,  # paper
         ),
     ),
-    log_every=50,  # code: log_interval
+    run=RunConfig(log_every=50),  # code: log_interval
 )
 PRESETS = {
     "pydoc": ("the help texts of Python, minutes on two cores", PYDOC),
@@ -159,7 +161,7 @@ PRESETS = {
             data=TextConfig("pydoc", limit=2000),
             model=ModelConfig(size=8, nodes=2),
             search=replace(PYDOC.search, epochs=2, batch_size=8),
-            log_every=1,
+            run=RunConfig(log_every=1),
         ),
     ),
 }
@@ -249,7 +251,9 @@ def make_job(config: Config, corpus: Corpus, workdir: Path) -> runner.Job:
     steps_per_epoch = text.num_windows(train_rows, longest)
     val_windows = text.num_windows(val_rows, longest)
     w, alpha = texts.optimizer(own.w), alpha_optimizer(own.alpha)
-    step = search.make_task_step(task(config), make_estimator(own, w), w, alpha)
+    step = search.make_task_step(
+        task(config), make_estimator(own, w), w, alpha, skip_nonfinite=config.run.skip_nonfinite
+    )
     hidden = jnp.zeros((own.batch_size, size))
     evaluate = texts.make_evaluation(corpus, "valid", own.eval_batch_size, size)
 
@@ -291,6 +295,8 @@ def make_job(config: Config, corpus: Corpus, workdir: Path) -> runner.Job:
         epochs=own.epochs,
         steps_per_epoch=steps_per_epoch,
         end_epoch=partial(end_epoch, workdir),
+        checked=search.checked,
+        draw=partial(draw, workdir),
     )
 
 
@@ -315,23 +321,28 @@ def check(config: Config) -> None:
         ("search.alpha.b1", own.alpha.b1, 0),
         ("search.alpha.b2", own.alpha.b2, 0),
         ("search.alpha.weight-decay", own.alpha.weight_decay, 0),
-        ("log-every", config.log_every, 1),
     )
     command_line.check_positive(("search.radius", own.radius))
     command_line.check_below_one(
         ("search.alpha.b1", own.alpha.b1), ("search.alpha.b2", own.alpha.b2)
     )
     command_line.check_seed(config.seed)
+    check_run(config.run)
 
 
-def draw(epochs: Sequence[dict[str, Any]], workdir: Path) -> genotype.RecurrentGenotype:
-    """Draws the cell that was found, and the alphas over time; returns the cell."""
+def found(epochs: Sequence[dict[str, Any]]) -> genotype.RecurrentGenotype:
+    """The cell that the last of some epochs stands for."""
+    return genotype.derive_recurrent(np.array(epochs[-1]["alpha"]))
+
+
+def draw(workdir: Path, epochs: Sequence[dict[str, Any]]) -> list[Path]:
+    """Draws the cell that was found, and the alphas over time; returns the pictures, PNG."""
     from darts_jax import plots  # matplotlib
 
     alphas = np.array([line["alpha"] for line in epochs])
-    found = genotype.derive_recurrent(alphas[-1])
-    genotype.save(found, workdir / "genotype.json")
-    draw_cell(found, workdir / "cell")
+    cell = found(epochs)
+    genotype.save(cell, workdir / "genotype.json")
+    draw_cell(cell, workdir / "cell")
     plots.draw_alphas(
         [line["step"] for line in epochs],
         {"recurrent": alphas},
@@ -339,19 +350,13 @@ def draw(epochs: Sequence[dict[str, Any]], workdir: Path) -> genotype.RecurrentG
         workdir / "alphas",
         inputs=(START,),
     )
-    return found
+    return [workdir / "cell.png", workdir / "alphas.png"]
 
 
-def summary(
-    found: genotype.RecurrentGenotype,
-    result: runner.Result,
-    corpus: Corpus,
-    workdir: Path,
-    command: str,
-) -> Table:
+def summary(result: runner.Result, corpus: Corpus, workdir: Path, command: str) -> Table:
     """The table that a search ends with."""
     table = Table(title="Search finished", show_header=False, title_justify="left")
-    table.add_row("cell", describe(found))
+    table.add_row("cell", describe(found(result.epochs)))
     perplexity = math.exp(result.epochs[-1]["eval_loss"])
     table.add_row("validation", f"perplexity {perplexity:.1f}, of the relaxed model")
     unigram, bigram = (
@@ -374,24 +379,21 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command line."""
     with command_line.user_errors():
         preset, config = command_line.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
+        prepare(config.run)
         check(config)
     workdir = config.workdir or Path("runs") / f"search_rnn-{preset}-seed{config.seed}"
-    runner.check_workdir(workdir, config)
-    command_line.enable_compilation_cache()
-    with Display() as display:
+    with opened(workdir, config, config.run.fork) as workdir, Display() as display:
         with command_line.user_errors(), display.phase(f"loading {config.data.name}"):
             corpus = text.load(config.data.name, config.data.path, config.data.limit)
             job = make_job(config, corpus, workdir)
-        with command_line.user_errors(), runner.writing(workdir):
-            runner.write_config(config, workdir)
+        with command_line.user_errors(), writing(workdir):
+            write_config(config, workdir)
             text.save_vocabulary(corpus.vocabulary, workdir / "vocabulary.json")
-        result = runner.run(job, config, workdir, config.log_every, display)
-        with display.phase("drawing"), runner.writing(workdir):
-            found = draw(result.epochs, workdir)
+        result = runner.run(job, config, workdir, display)
     command = command_line.command(
         "experiments.evaluate_rnn", [preset, "--genotype", f"{workdir}/genotype.json"]
     )
-    display.console.print(summary(found, result, corpus, workdir, command))
+    display.console.print(summary(result, corpus, workdir, command))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,9 +12,10 @@ import numpy as np
 
 from darts_jax import data, genotype
 from darts_jax.evaluation import count_parameters
-from experiments import evaluate_cnn, runner
+from experiments import evaluate_cnn
 from experiments.evaluate_cnn import Config, evaluation_network
 from experiments.metrics import Display
+from experiments.workdir import writing
 
 MAX_CHANNELS = 256  # to which a budget is searched
 
@@ -38,7 +39,7 @@ class Candidate(NamedTuple):
 def save_random(count: int, nodes: int, seed: int, folder: Path) -> dict[str, str]:
     """Draws so many pairs of cells, fixed by the seed, into files: name -> path."""
     rng, sources = np.random.default_rng(seed), {}
-    with runner.writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for i in range(count):
             path = folder / f"random_{i}.json"

@@ -8,7 +8,7 @@ def saved_genotype(workdir: Path) -> str | None:
     """The genotype that the run in a folder was given, if there is one."""
     try:
         return json.loads((workdir / "config.json").read_text())["genotype"]
-    except (OSError, ValueError, KeyError, TypeError):  # `check_workdir` tells what is wrong
+    except (OSError, ValueError, KeyError, TypeError):  # `workdir.check` tells what is wrong
         return None
 
 

@@ -1,6 +1,8 @@
 """Fixtures that every test file shares."""
 
 import json
+import resource
+import signal
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -83,6 +85,20 @@ def x64() -> Iterator[None]:
     """Run the test in double precision."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def full_disk() -> Iterator[Callable[[int | None], None]]:
+    """`full_disk(size)`: no file can grow beyond so many bytes any more; None undoes it."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int | None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
+
+    yield limit
+    limit(None)
+    signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.fixture(scope="session")

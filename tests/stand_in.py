@@ -3,6 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import tyro
+
+from experiments.run_config import RunConfig
+
 
 @dataclass(frozen=True)
 class Inner:
@@ -21,5 +25,8 @@ class Config:
     inner: Inner = field(default_factory=Inner)
     epochs: int = 2
     """Epochs to run."""
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(
+        default_factory=lambda: RunConfig(log_every=1)
+    )
     workdir: Path | None = None
     """Where to."""

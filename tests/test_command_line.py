@@ -7,7 +7,7 @@ import pytest
 from stand_in import Config, Inner
 
 from experiments import command_line
-from experiments.metrics import NonFinite
+from experiments.errors import NonFinite
 
 PRESETS = {"small": ("quick", Config()), "large": ("slow", Config(epochs=50))}
 
@@ -21,7 +21,7 @@ def test_presets_and_overrides():
     assert parse("large") == ("large", Config(epochs=50))
     assert parse("--epochs", "7") == ("small", Config(epochs=7))
     name, config = parse("large", "--inner.rate", "0.5", "--workdir", "a/b")
-    assert (name, config) == ("large", Config(Inner(rate=0.5), 50, Path("a/b")))
+    assert (name, config) == ("large", Config(Inner(rate=0.5), 50, workdir=Path("a/b")))
 
 
 def test_unknown_preset_names_the_nearest():

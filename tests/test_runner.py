@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from stand_in import Config, Inner
+from stand_in import Config
 
-from darts_jax import checkpoint
+import darts_jax
+from darts_jax import checkpoint, finite, training
 from experiments import metrics, runner
-from experiments.command_line import Interrupted, UserError
+from experiments.errors import Interrupted, NonFinite, UserError
+from experiments.run_config import RunConfig
 
 STEPS = 5  # in an epoch
 SAMPLES = 7  # in the evaluation
@@ -31,10 +33,15 @@ class State(NamedTuple):
 class Metrics(NamedTuple):
     train_loss: jax.Array
     train_accuracy: jax.Array
+    nonfinite: jax.Array
 
 
-def make_job(epochs=2, on_epoch=None, on_batch=None, poison=None):
-    """Least squares with noise; `on_batch(epoch, i)` is called before a batch is handed out."""
+def make_job(epochs=2, on_epoch=None, on_batch=None, on_loss=None, poison=None):
+    """Least squares with noise.
+
+    `on_batch(epoch, i)` is called before a batch is handed out; `on_loss` are losses of the
+    evaluation, by epoch; `poison` is (what, first step, last step) to be made NaN.
+    """
 
     def init():
         w = jnp.zeros(3)
@@ -49,15 +56,19 @@ def make_job(epochs=2, on_epoch=None, on_batch=None, poison=None):
         value, gradient = jax.value_and_grad(loss)(state.w, data[batch], key)
         w = state.w - 0.1 * gradient
         if poison is not None:
-            name, when = poison
-            bad = jnp.where(state.step + 1 == when, jnp.nan, 0)
+            name, first, last = poison if len(poison) == 3 else (*poison, poison[1])
+            bad = jnp.where((state.step + 1 >= first) & (state.step < last), jnp.nan, 0)
             value, w = (value + bad, w) if name == "train_loss" else (value, w + bad)
-        return State(state.step + 1, state.key, w, state.twin + w), Metrics(value, value > 0)
+        nonfinite = finite.first(jnp.stack([value, jnp.square(gradient).sum()]))
+        metrics = Metrics(value, value > 0, nonfinite)
+        return State(state.step + 1, state.key, w, state.twin + w), metrics
 
     @jax.jit
     def eval_step(state, data, batch):
         indices, mask = batch
         errors = (data[indices] @ state.w - 1) ** 2
+        if on_loss:
+            errors = jnp.full_like(errors, jnp.array(on_loss)[state.step // STEPS - 1])
         return {"eval_loss": jnp.where(mask, errors, 0).sum()}, mask.sum()
 
     class Batches(list):
@@ -97,20 +108,35 @@ def make_job(epochs=2, on_epoch=None, on_batch=None, poison=None):
         epochs=epochs,
         steps_per_epoch=STEPS,
         end_epoch=end_epoch,
+        checked=lambda state: training.Checked(0.0, state.w),
     )
 
 
-def run(workdir, config=Config(), log_every=1, terminal=False, **kwargs):  # noqa: B008
+def run(workdir, config=Config(), terminal=False, **kwargs):  # noqa: B008
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
     with metrics.Display(console) as display:
-        result = runner.run(make_job(**kwargs), config, workdir, log_every, display)
+        result = runner.run(make_job(**kwargs), config, workdir, display)
     return result, console.file.getvalue()
 
 
 def lines(workdir):
     """The lines of metrics.jsonl without what a clock decides."""
     found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+    return [{k: v for k, v in line.items() if k not in metrics.MEASURED} for line in found]
+
+
+def tensorboard_values(workdir):
+    """(step, value) of all events."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    for file in (workdir / "tensorboard").iterdir():
+        content = file.read_bytes()
+        while content:
+            size = int.from_bytes(content[:8], "little")
+            event = Event.FromString(content[12 : 12 + size])
+            content = content[16 + size :]
+            for value in event.summary.value:
+                yield event.step, value
 
 
 def checkpoints(workdir):
@@ -148,6 +174,7 @@ def test_a_run_writes_each_step_and_epoch_once(whole):
     assert json.loads((workdir / "config.json").read_text()) == {
         "inner": {"rate": 0.1, "betas": [0.9, 0.99]},
         "epochs": 2,
+        "facts": {"version": darts_jax.__version__},
     }
 
 
@@ -159,28 +186,19 @@ def test_the_evaluation_is_the_mean_over_the_samples_without_padding(whole):
 
 
 def test_log_every(tmp_path, whole):
-    run(tmp_path / "sparse", log_every=3, epochs=3)
+    run(tmp_path / "sparse", Config(run=RunConfig(log_every=3)), epochs=3)
     expected = [li for li in lines(whole[0]) if li["kind"] == "epoch" or li["step"] % 3 == 0]
     assert lines(tmp_path / "sparse") == expected
 
 
-def test_tensorboard_events_hold_the_metrics(whole):
-    from tensorboardX.proto.event_pb2 import Event
-
-    values = {}
-    for file in (whole[0] / "tensorboard").iterdir():
-        content = file.read_bytes()
-        while content:
-            size = int.from_bytes(content[:8], "little")
-            event = Event.FromString(content[12 : 12 + size])
-            content = content[16 + size :]
-            for value in event.summary.value:
-                values[value.tag, event.step] = value.simple_value
+def test_the_metrics_go_to_tensorboard_too(whole):
+    found = {(value.tag, step): value for step, value in tensorboard_values(whole[0])}
     for line in lines(whole[0]):
         for name in set(line) - {"kind", "step", "epoch", "w"}:
-            found = values.pop((f"{line['kind']}/{name}", line["step"]))
-            assert found == pytest.approx(line[name], rel=1e-6)
-    assert not values
+            value = found[f"{line['kind']}/{name}", line["step"]].simple_value
+            assert value == pytest.approx(line[name], rel=1e-6)
+    others = {name.split("/")[1] for name, _ in found} - {"train_loss", "train_accuracy"}
+    assert others == {"eval_loss", *metrics.MEASURED}
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -237,9 +255,12 @@ def test_a_damaged_checkpoint_costs_an_epoch_and_nothing_else(tmp_path, whole):
         if file.is_file():
             file.write_bytes(b"")
     before = lines(workdir)
-    result, _ = run(workdir, epochs=3)
+    result, output = run(workdir, epochs=3)
     assert lines(workdir) == before
     np.testing.assert_array_equal(result.state.w, state.w)
+    aside = workdir / "checkpoints" / "15.damaged"
+    assert f"warning: a checkpoint cannot be read and was set aside, as {aside}\n" in output
+    assert aside.is_dir()
 
 
 def test_a_finished_run_is_only_read(whole):
@@ -265,7 +286,7 @@ def test_seconds_of_an_epoch_add_up_over_a_resume(tmp_path):
         run(tmp_path, on_batch=stop)
     job = make_job()
     fresh = runner._Saved(job.init(), 0, 0.0)
-    saved = checkpoint.restore_latest(tmp_path / "checkpoints", fresh)[1]
+    saved = checkpoint.restore_latest(tmp_path / "checkpoints", fresh).state
     assert saved.epoch_seconds > 0
     result, _ = run(tmp_path)
     assert result.epochs[0]["seconds"] > saved.epoch_seconds
@@ -305,15 +326,15 @@ def test_metrics_without_a_checkpoint_are_refused(tmp_path, stopped, part):
 
 
 def test_the_first_checkpoint_is_kept_where_the_first_epoch_fails(tmp_path):
-    with pytest.raises(metrics.NonFinite, match="step 2: train_loss is nan.*last good checkpoint"):
+    with pytest.raises(NonFinite, match="step 2: train_loss is not finite.*last good checkpoint"):
         run(tmp_path, poison=("train_loss", 2))
     assert checkpoints(tmp_path) == ["0"]
     fresh = runner._Saved(make_job().init(), 0, 0.0)
-    assert checkpoint.restore_latest(tmp_path / "checkpoints", fresh)[0] == 0
+    assert checkpoint.restore_latest(tmp_path / "checkpoints", fresh).step == 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, whole):
-    with pytest.raises(metrics.NonFinite, match="step 8: train_loss is nan.*last good checkpoint"):
+    with pytest.raises(NonFinite, match="step 8: train_loss is not finite.*last good checkpoint"):
         run(tmp_path / "run", epochs=3, poison=("train_loss", 8))
     assert checkpoints(tmp_path / "run") == ["0", "5"]
     assert [li["step"] for li in lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 5, 6, 7]
@@ -324,10 +345,112 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, whole):
 
 def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
     recorded = []
-    with pytest.raises(metrics.NonFinite, match=r"step 10: w is nan"):
+    with pytest.raises(NonFinite, match=r"step 10: w is nan"):
         run(tmp_path, epochs=3, poison=("w", 10), on_epoch=recorded.append)
     assert checkpoints(tmp_path) == ["0", "5"]
     assert recorded == [1]
+
+
+def test_a_step_that_is_not_finite_can_be_left_out(tmp_path):
+    result, output = run(
+        tmp_path, Config(run=RunConfig(1, on_nan="skip")), poison=("train_loss", 3)
+    )
+    assert "warning: step 3 is skipped: train_loss is not finite\n" in output
+    written = lines(tmp_path)
+    assert [(li["kind"], li["step"]) for li in written[:4]] == [
+        ("step", 1),
+        ("step", 2),
+        ("skip", 3),
+        ("step", 4),
+    ]
+    assert written[2] == {"kind": "skip", "step": 3, "epoch": 1, "leaf": "train_loss"}
+    assert int(result.state.step) == 2 * STEPS
+
+
+def test_not_every_step_can_be_left_out(tmp_path):
+    config = Config(run=RunConfig(1, on_nan="skip"))
+    with pytest.raises(NonFinite, match="step 13: train_loss is not finite"):
+        run(tmp_path, config, epochs=3, poison=("train_loss", 3, 20))
+    assert [line["kind"] for line in lines(tmp_path)].count("skip") == runner.MAX_SKIPPED
+
+
+def test_checkpoints_within_an_epoch(tmp_path, whole):
+    """Each step, if there is time for it, from which a kill at any step goes on."""
+    often = Config(run=RunConfig(1, save_minutes=1e-9, keep=100))
+    result, _ = run(tmp_path / "often", often, epochs=3)
+    assert checkpoints(tmp_path / "often") == sorted(map(str, range(3 * STEPS + 1)))
+    assert_same_run(tmp_path / "often", result.state, *whole)
+    for step in (1, 7, 10, 14):
+        workdir = tmp_path / str(step)
+        shutil.copytree(tmp_path / "often", workdir)
+        for later in range(step + 1, 3 * STEPS + 1):
+            shutil.rmtree(workdir / "checkpoints" / str(later))
+        result, _ = run(workdir, epochs=3)
+        assert_same_run(workdir, result.state, *whole)
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    """Beside the newest: the one of the epoch with the smallest loss."""
+    run(tmp_path, Config(run=RunConfig(1, keep=1)), epochs=6, on_loss=[3, 1, 2, 5, 4, 6])
+    assert checkpoints(tmp_path) == ["10", "30"]
+
+
+def test_pictures_are_handed_to_tensorboard(tmp_path):
+    def draw(epochs):
+        from PIL import Image
+
+        Image.new("RGB", (2, 1), (255, len(epochs), 0)).save(tmp_path / "cell.png")
+        return [tmp_path / "cell.png"]
+
+    with metrics.Display(Console(file=io.StringIO())) as display:
+        runner.run(make_job()._replace(draw=draw), Config(), tmp_path, display)
+    pictures = [(step, v) for step, v in tensorboard_values(tmp_path) if v.HasField("image")]
+    ((step, value),) = pictures
+    assert (step, value.tag) == (2 * STEPS, "cell")
+    assert value.image.encoded_image_string == (tmp_path / "cell.png").read_bytes()
+
+
+def test_a_trace_of_some_steps(tmp_path):
+    run(tmp_path, Config(run=RunConfig(1, profile=3)))
+    names = {path.name.split(".")[-2] for path in (tmp_path / "profile").rglob("*.gz")}
+    assert "json" in names
+    assert any((tmp_path / "profile").rglob("perfetto_trace.json.gz"))
+
+
+@pytest.mark.parametrize("count", [0, 100])
+def test_a_trace_ends_with_the_run(tmp_path, count):
+    run(tmp_path, Config(run=RunConfig(1, profile=count)))
+    assert any((tmp_path / "profile").rglob("*.gz")) == (count > 0)
+
+
+def test_other_data_than_the_run_began_with_is_refused(tmp_path):
+    def start(facts):
+        with metrics.Display(Console(file=io.StringIO())) as display:
+            runner.run(make_job()._replace(facts=facts), Config(), tmp_path, display)
+
+    start({"data": "abc"})
+    start({"data": "abc"})
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(UserError, match="data is abd here, but abc where the run in .* began"):
+        start({"data": "abd"})
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore:.*:pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, full_disk, whole):
+    """Whichever file it is that cannot grow."""
+    for i, size in enumerate((100, 1000, 2000)):
+        workdir = tmp_path / str(i)
+
+        def fill(epoch, size=size):
+            if epoch == 2:
+                full_disk(size)
+
+        with pytest.raises(UserError, match=f"cannot write to {workdir} .* make room there"):
+            run(workdir, epochs=3, on_epoch=fill)
+        full_disk(None)
+        result, _ = run(workdir, epochs=3)
+        assert_same_run(workdir, result.state, *whole)
 
 
 def test_inputs_that_init_refuses_are_the_users(tmp_path):
@@ -336,7 +459,7 @@ def test_inputs_that_init_refuses_are_the_users(tmp_path):
 
     with metrics.Display(Console(file=io.StringIO())) as display:
         with pytest.raises(UserError, match="^images of 7x7 do not halve$"):
-            runner.run(make_job()._replace(init=init), Config(), tmp_path / "run", 1, display)
+            runner.run(make_job()._replace(init=init), Config(), tmp_path / "run", display)
     assert not (tmp_path / "run").exists()
 
 
@@ -354,7 +477,7 @@ def test_the_steps_are_traced_once_for_all_epochs(tmp_path):
 
     job = job._replace(train_step=traced(job.train_step), eval_step=traced(job.eval_step))
     with metrics.Display(Console(file=io.StringIO())) as display:
-        runner.run(job, Config(), tmp_path, 1, display)
+        runner.run(job, Config(), tmp_path, display)
     assert len(traces) == 2
 
 
@@ -365,7 +488,7 @@ def test_an_error_in_the_step_is_not_lost(tmp_path):
     job = make_job()._replace(train_step=train_step)
     with metrics.Display(Console(file=io.StringIO())) as display:
         with pytest.raises(TypeError, match="a defect"):
-            runner.run(job, Config(), tmp_path, 1, display)
+            runner.run(job, Config(), tmp_path, display)
 
 
 def test_a_signal_while_compiling_stops_at_once(tmp_path):
@@ -380,7 +503,7 @@ def test_a_signal_while_compiling_stops_at_once(tmp_path):
     try:
         with metrics.Display(Console(file=io.StringIO())) as display:
             with pytest.raises(Interrupted, match="by SIGTERM after step 0"):
-                runner.run(job, Config(), tmp_path, 1, display)
+                runner.run(job, Config(), tmp_path, display)
         assert signal_sent.is_set()
     finally:
         released.set()
@@ -419,38 +542,6 @@ def test_progress_fits_a_narrow_terminal(tmp_path):
     assert "left" in first
     assert second.endswith("val accuracy 50.0%")
     assert not rest
-
-
-def test_workdir_of_another_config(tmp_path):
-    run(tmp_path / "run")
-    runner.check_workdir(tmp_path / "run", Config(workdir=tmp_path))
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(UserError) as error:
-        runner.check_workdir(tmp_path / "run", Config(Inner(betas=(0.5, 0.9)), epochs=3))
-    message = str(error.value)
-    assert "epochs is 2 there, 3 here" in message
-    assert "inner.betas is [0.9, 0.99] there, [0.5, 0.9] here" in message
-    assert "rate" not in message
-    assert "Give another --workdir" in message
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-
-
-def test_workdir_that_is_no_run(tmp_path):
-    runner.check_workdir(tmp_path / "missing", Config())
-    runner.check_workdir(tmp_path, Config())
-    assert not (tmp_path / "missing").exists()
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(UserError, match=r"holds files but no run .*another --workdir"):
-        runner.check_workdir(tmp_path, Config())
-    with pytest.raises(UserError, match="give another --workdir"):
-        runner.check_workdir(tmp_path / "thesis.tex", Config())
-
-
-@pytest.mark.parametrize("content", ["", "[]", "null", '{"epochs"'])
-def test_workdir_whose_config_is_damaged(tmp_path, content):
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match="config.json cannot be read"):
-        runner.check_workdir(tmp_path, Config())
 
 
 def test_signals_are_handled_as_before_once_a_run_is_over(tmp_path):

@@ -1,0 +1,19 @@
+"""What ends an experiment in one line; `experiments.command_line` has the exit codes."""
+
+import signal
+
+
+class NonFinite(Exception):
+    """A metric or a weight is not finite."""
+
+
+class UserError(Exception):
+    """Bad input, in one line that names the culprit and the remedy."""
+
+
+class Interrupted(Exception):
+    """A signal asked to stop, and everything up to a step is saved."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
+        self.signum = signum

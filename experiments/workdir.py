@@ -1,0 +1,208 @@
+"""The folder of a run: who may write to it, and which config it belongs to.
+
+A folder is one run's: config.json tells which. Another config is refused, but for the fields that
+may change (`ALWAYS`, `GROWING`, and all of `RunConfig`), or goes on elsewhere, in a copy.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from darts_jax import __version__
+from darts_jax.files import write_text
+from experiments.errors import UserError
+
+CONFIG = "config.json"  # files of a workdir
+LOCK = ".lock"
+APART = ("workdir", "run")  # fields that are no part of what is computed
+ALWAYS = ("data.path", "stream.workers")  # fields that may change: where from, not what
+GROWING = ("search.epochs", "train.epochs")  # fields that may grow
+MISSING = "missing"
+
+
+@contextmanager
+def opened(workdir: Path, config: Any, fork: Path | None = None) -> Iterator[Path]:
+    """The folder of a run, for this process alone until the end.
+
+    Args:
+      workdir: the folder, which need not exist.
+      config: of the run, a dataclass.
+      fork: another folder, to go on in from a copy.
+
+    Raises:
+      UserError: if another process has it, it is another run's, or it cannot be written. Nothing in
+        it is changed then.
+    """
+    if fork is not None:
+        _fork(workdir, fork, config)
+        workdir = fork
+    check(workdir, config)
+    with locked(workdir):
+        yield workdir
+
+
+def check(workdir: Path, config: Any) -> None:
+    """Raises a UserError if the folder holds another run, or something else. Writes nothing."""
+    saved = _read_config(workdir)
+    if saved is None:
+        return
+    differing = _differing(saved, flatten(_fields(config)))
+    if differing:
+        raise UserError(
+            f"{workdir} holds a run with another config: {'; '.join(differing)}. Give the fields of"
+            " that run, another --workdir, or --fork NEWDIR to go on from there with these"
+        )
+
+
+@contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Inside, no other process can lock the folder, which is made if need be.
+
+    The lock ends with the process, however that ends.
+
+    Raises:
+      UserError: if another process has the lock.
+    """
+    with writing(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / LOCK).open("a+")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(
+                f"{workdir} is in use by {holder}; wait for it to end, or give another --workdir"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        with writing(workdir):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+            file.flush()
+        yield
+
+
+@contextmanager
+def writing(workdir: Path, kind: type[OSError] = OSError) -> Iterator[None]:
+    """Inside, an OSError, or the one given, is a UserError that names the workdir."""
+    try:
+        yield
+    except kind as error:
+        raise UserError(
+            f"cannot write to {workdir} ({error}); make room there, or give another --workdir. What"
+            " was saved before is kept"
+        ) from error
+
+
+def write_config(config: Any, workdir: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """Writes config.json, which `check` reads; makes the folder if need be.
+
+    Args:
+      config: a dataclass.
+      workdir: the folder.
+      facts: what else makes a run what it is, such as the hash of its data: name -> JSON value.
+
+    Raises:
+      UserError: if the folder is another run's, or the facts are not those it began with.
+    """
+    check(workdir, config)
+    known = (_read_config(workdir) or {}).get("facts") or {}
+    for name, value in (facts or {}).items():
+        if known.get(name, value) != value:
+            raise UserError(
+                f"{name} is {value} here, but {known[name]} where the run in {workdir} began; give"
+                " it back what it had, or start anew in another --workdir"
+            )
+    _write(workdir, config, {**known, **(facts or {})})
+
+
+def _write(workdir: Path, config: Any, facts: Mapping[str, Any]) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    content = {**_fields(config), "facts": {**facts, "version": __version__}}
+    write_text(workdir / CONFIG, json.dumps(content, indent=2) + "\n")
+
+
+def _read_config(workdir: Path) -> dict[str, Any] | None:
+    """What config.json holds; None if there is no run in the folder.
+
+    Raises:
+      UserError: if there is something else in it, or the file cannot be read.
+    """
+    try:
+        saved = json.loads((workdir / CONFIG).read_text())
+        if not isinstance(saved, dict):
+            raise ValueError("not an object")
+        return saved
+    except FileNotFoundError:
+        if workdir.exists() and any(path.name != LOCK for path in workdir.iterdir()):
+            raise UserError(
+                f"{workdir} holds files but no run (no {CONFIG}); give another --workdir"
+            ) from None
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{workdir}/{CONFIG} cannot be read ({error}); give another --workdir"
+        ) from error
+
+
+def _differing(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """What keeps a run from going on with other fields, a text for each."""
+    saved = flatten({name: value for name, value in saved.items() if name != "facts"})
+    texts = []
+    for name in sorted(saved.keys() | current.keys()):
+        there, here = saved.get(name, MISSING), current.get(name, MISSING)
+        if there == here or name in ALWAYS:
+            continue
+        if name in GROWING and MISSING not in (there, here) and here > there:
+            continue
+        texts.append(f"{name} is {there} there, {here} here")
+    return texts
+
+
+def _fork(source: Path, target: Path, config: Any) -> None:
+    """Copies the run of a folder to another, which becomes that of the config.
+
+    Does nothing if it is that already: the same command goes on.
+    """
+    if (target / CONFIG).exists():
+        return
+    if _read_config(source) is None:
+        raise UserError(f"{source} holds no run to fork; give --workdir the folder of one")
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{target} holds files but no run; give another --fork")
+    with locked(source), writing(target):
+        copy = target.with_name(target.name + ".copying")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(source, copy, ignore=shutil.ignore_patterns(LOCK))
+        _write(copy, config, {})
+        if target.exists():
+            target.rmdir()
+        copy.rename(target)
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """The config as JSON holds it, without what is no part of what is computed."""
+    fields = dataclasses.asdict(config)
+    for name in APART:
+        fields.pop(name, None)
+    return json.loads(json.dumps(fields))
+
+
+def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"search.epochs": 50, ...} of nested fields."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat |= (
+            flatten(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {prefix + name: value}
+        )
+    return flat
