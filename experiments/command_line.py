@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import jax
 import tyro
 
+from darts_jax.data import quiet_absl
 from darts_jax.genotype import nearest
 from experiments.errors import Interrupted, NonFinite, UserError
 
@@ -32,7 +33,8 @@ def guard(module: str, main: Callable[[Sequence[str]], None], argv: Sequence[str
     argv = sys.argv[1:] if argv is None else argv
     resume = command(module, argv)
     try:
-        main(argv)
+        with quiet_absl():
+            main(argv)
     except UserError as error:
         return _fail(error, 2)
     except NonFinite as error:
