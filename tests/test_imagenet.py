@@ -77,8 +77,9 @@ def test_a_batch_spread_over_devices_is_that_of_one(folder):
         job = evaluate_cnn.make_job(config, dataset)
         state = job.init()
         for items in job.train_batches(0):
-            checkpoint.save("checkpoints", 0, state)  # as if the run went on from there
-            _, state = checkpoint.restore_latest("checkpoints", state)
+            with checkpoint.open_saver("checkpoints") as saver:  # as if the run went on from there
+                checkpoint.save(saver, checkpoint.next_step(saver), state)
+            state = checkpoint.restore_latest("checkpoints", state).state
             state, metrics = job.train_step(state, job.data, items)
         sums, count = job.eval_step(state, job.data, job.eval_batches[0])
         assert count == 3

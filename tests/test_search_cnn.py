@@ -9,9 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from darts_jax import data, genotype, hypergradient, search
+from darts_jax import data, finite, genotype, hypergradient, search
 from experiments import search_cnn
 from experiments.config import DataConfig, WConfig, w_optimizer
+from experiments.run_config import RunConfig
 from experiments.search_cnn import PRESETS, Config, SearchConfig
 
 NUM_EDGES = 14
@@ -75,7 +76,7 @@ def test_paper_preset():
             "alpha": {"learning_rate": 3e-4, "b1": 0.5, "b2": 0.999, "weight_decay": 1e-3},
         },
         "seed": 0,
-        "log_every": 50,
+        "run": {**dataclasses.asdict(RunConfig()), "log_every": 50},
         "workdir": None,
     }
 
@@ -105,13 +106,13 @@ def test_help_explains_each_field(capsys, monkeypatch):
         assert f"{name}: {description}" in output
     source = [
         line
-        for file in (search_cnn.__file__, inspect.getfile(DataConfig))
+        for file in map(inspect.getfile, (search_cnn, DataConfig, RunConfig))
         for line in Path(file).read_text().splitlines()
     ]
     names = list(leaves(PRESETS["paper"][1]))
-    assert len(names) == 29
+    assert len(names) == 36
     for name in names:
-        assert f"--{name.replace('_', '-')}" in output
+        assert f"--{name.removeprefix('run.').replace('_', '-')}" in output
         last = name.split(".")[-1]
         declared = next(i for i, line in enumerate(source) if line.startswith(f"    {last}: "))
         text = source[declared + 1].strip().strip('"').split()[:3]
@@ -136,7 +137,7 @@ def install_stand_in(monkeypatch):
     def logits(state, image):
         return image.reshape(len(image), -1) @ state.w
 
-    def make_step(network, estimator, w_optimizer, alpha_optimizer):
+    def make_step(network, estimator, w_optimizer, alpha_optimizer, skip_nonfinite):
         @jax.jit
         def step(state, train_batch, val_batch):
             def loss(w, alpha, batch):
@@ -162,7 +163,9 @@ def install_stand_in(monkeypatch):
             )
             zero = jnp.zeros(())
             val_loss = loss(state.w, alpha, val_batch)
-            return state, search.Metrics(train_loss, zero, val_loss, zero, zero, zero)
+            parts = search.Checked(val_loss, zero, zero, train_loss, zero)
+            nonfinite = finite.first(jnp.stack(parts))
+            return state, search.Metrics(train_loss, zero, val_loss, zero, zero, zero, nonfinite)
 
         return step
 
@@ -261,7 +264,7 @@ def job_and_batches(monkeypatch, config, dataset):
     seen = []
     install_stand_in(monkeypatch)
 
-    def make_step(*_):
+    def make_step(*_, **__):
         def step(state, train_batch, val_batch):
             seen.append((train_batch, val_batch))
             return state, None
@@ -403,7 +406,7 @@ def test_loss_that_is_not_finite(stand_in, capsys):
     diverging = ["smoke", "--search.w.learning-rate", "1e38", "--search.w.clip", "1e38"]
     assert search_cnn.main([*diverging, "--workdir", "run"]) == 3
     error = capsys.readouterr().err
-    assert error.startswith("error: step 1: val_loss is ")
+    assert error.startswith("error: step 1: val_loss is not finite. ")
     assert error.count("\n") == 1
     assert "The last good checkpoint is kept" in error
     assert not Path("run", "genotype.json").exists()
