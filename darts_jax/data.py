@@ -4,6 +4,7 @@ Images are uint8 [N, height, width, channels], small enough to live on the devic
 `augment` turns them into the network's input there.
 """
 
+import hashlib
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -72,20 +73,30 @@ def load(name: str, path: str | None = None, limit: int | None = None) -> Datase
 
     Raises:
       ValueError: if the name is unknown (naming the nearest valid ones), the dataset is not
-        prepared (naming the command that does it), or the limit is not positive.
+        prepared (naming the command that does it) or not what it should be, or the limit is not
+        positive.
     """
     check(name)
     if limit is not None and limit < 1:
         raise ValueError(f"a limit of {limit} images keeps none; give at least 1, or no limit")
     read = EMBEDDED.get(name)
     train, test = read() if read else _read_tfds(name, path)
+    _verify(name, train, test)
     if name == "cifar10":
         mean, std = CIFAR10_MEAN, CIFAR10_STD
     else:
         mean, std = _moments(train.images)
-    num_classes = int(train.labels.max()) + 1
     train, test = (Split(split.images[:limit], split.labels[:limit]) for split in (train, test))
-    return Dataset(name, train, test, num_classes, mean, std)
+    return Dataset(name, train, test, CONTENTS[name].num_classes, mean, std)
+
+
+def fingerprint(split: Split) -> str:
+    """16 characters that tell images, or their order, apart from others."""
+    digest = hashlib.sha256()
+    for array in split:
+        digest.update(f"{array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:16]
 
 
 def check(name: str) -> None:
@@ -253,6 +264,24 @@ def quiet_absl() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _verify(name: str, train: Split, test: Split) -> None:
+    """Raises a ValueError if a dataset is not what it is known to hold."""
+    known = CONTENTS[name]
+    for part, split, size in (("train", train, known.train), ("test", test, known.test)):
+        found = (len(split.labels), split.images.shape, split.images.dtype)
+        if found != (size, (size, *known.image_shape), np.uint8):
+            raise ValueError(
+                f"dataset {name!r} has {found[0]} labels and {found[2]}{list(found[1])} images in"
+                f" its {part} split, not {size} of uint8{list(known.image_shape)}; prepare it again"
+            )
+        labels, classes = set(np.unique(split.labels).tolist()), set(range(known.num_classes))
+        if not labels <= classes or (part == "train" and labels != classes):
+            raise ValueError(
+                f"dataset {name!r} has other labels than 0 to {known.num_classes - 1} in its {part}"
+                " split, or lacks some of them; prepare it again"
+            )
+
+
 def _stack(source: Any) -> Split:
     first = source[0]["image"]
     images = np.empty((len(source), *first.shape), np.uint8)
@@ -262,6 +291,25 @@ def _stack(source: Any) -> Split:
     return Split(images, labels)
 
 
+class Contents(NamedTuple):
+    """What a dataset is known to hold: images to train and to test, their shape, classes."""
+
+    train: int
+    test: int
+    image_shape: tuple[int, int, int]
+    num_classes: int
+
+
+CONTENTS: Mapping[str, Contents] = MappingProxyType(
+    {
+        "digits": Contents(1437, 360, (8, 8, 1), 10),
+        "mnist5k": Contents(4000, 1000, (28, 28, 1), 10),
+        "cifar10": Contents(50_000, 10_000, (32, 32, 3), 10),
+        "cifar100": Contents(50_000, 10_000, (32, 32, 3), 100),
+        "fashion_mnist": Contents(60_000, 10_000, (28, 28, 1), 10),
+        "svhn_cropped": Contents(73_257, 26_032, (32, 32, 3), 10),
+    }
+)
 EMBEDDED: Mapping[str, Callable[[], tuple[Split, Split]]] = MappingProxyType(
     {"digits": _digits, "mnist5k": _mnist5k}
 )

@@ -140,6 +140,7 @@ def make_job(config: Config, dataset: images.ImageData) -> runner.Job:
         steps_per_epoch=steps_per_epoch,
         end_epoch=lambda states: {},
         checked=training.checked,
+        facts=feed.facts,
     )
 
 

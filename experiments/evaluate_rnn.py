@@ -257,6 +257,7 @@ def make_job(config: Config, corpus: Corpus) -> runner.Job:
         end_epoch=lambda state: {"averaged": bool(state.averaged)},
         checked=lambda state: training.Checked(0.0, state.params),
         next_epoch=next_epoch,
+        facts={"text": text.fingerprint(corpus)},
     )
 
 

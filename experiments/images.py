@@ -1,6 +1,6 @@
 """Images as a training takes them: from the device, or as a stream of batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,6 +64,7 @@ class Feed(NamedTuple):
       eval_batches: the items that all there is to test on is in.
       train_batch: (key, data, item of one seed) -> `Batch`, augmented; for jit.
       eval_batch: (data, item) -> (`Batch`, mask); for jit.
+      facts: what identifies the images.
       place: (item, axis of its images) -> the item on the devices.
       replicate: state -> the state on all devices.
     """
@@ -74,6 +75,7 @@ class Feed(NamedTuple):
     eval_batches: Sequence[Any]
     train_batch: Callable[[jax.Array, PyTree, Any], Batch]
     eval_batch: Callable[[PyTree, Any], tuple[Batch, jax.Array]]
+    facts: Mapping[str, str]
     place: Callable[[Any, int], Any] = lambda item, axis: item
     replicate: Callable[[PyTree], PyTree] = lambda state: state
 
@@ -146,6 +148,7 @@ def _device_feed(config: Config, dataset: Dataset) -> Feed:
         list(data.padded_indices(test_size, min(batch_size, test_size))),
         lambda key, images, indices: augmented(key, images.train, indices),
         eval_batch,
+        {"train images": data.fingerprint(train), "test images": data.fingerprint(test)},
     )
 
 
@@ -195,6 +198,7 @@ def _stream_feed(config: Config, dataset: Stream) -> Feed:
         stream.test_batches(dataset, batch_size, workers=own.workers),
         train_batch,
         eval_batch,
+        {"train images": str(len(dataset.train)), "test images": str(len(dataset.test))},
         place,
         lambda state: jax.device_put(state, NamedSharding(mesh, PartitionSpec())),
     )

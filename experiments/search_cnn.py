@@ -286,6 +286,10 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
         end_epoch=partial(end_epoch, workdir),
         checked=search.checked,
         draw=partial(draw, workdir),
+        facts={
+            "train images": data.fingerprint(train),
+            "validation images": data.fingerprint(val),
+        },
     )
 
 

@@ -297,6 +297,7 @@ def make_job(config: Config, corpus: Corpus, workdir: Path) -> runner.Job:
         end_epoch=partial(end_epoch, workdir),
         checked=search.checked,
         draw=partial(draw, workdir),
+        facts={"text": text.fingerprint(corpus)},
     )
 
 

@@ -105,8 +105,10 @@ def tfds():
 
 
 @pytest.mark.filterwarnings("ignore")  # TensorFlow Datasets' own
-def test_prepared_dataset_is_read_without_tensorflow(tfds, tmp_path):
+def test_prepared_dataset_is_read_without_tensorflow(tfds, tmp_path, monkeypatch):
     prepare(tmp_path)
+    small = data.Contents(20, 8, (32, 32, 3), 8)
+    monkeypatch.setattr(data, "CONTENTS", {"cifar10": small})
     dataset = data.load("cifar10", path=str(tmp_path))
     assert dataset.train.images.shape == (20, 32, 32, 3)
     assert dataset.train.images.dtype == np.uint8
@@ -118,6 +120,44 @@ def test_prepared_dataset_is_read_without_tensorflow(tfds, tmp_path):
         np.testing.assert_array_equal(split.labels, values % 10)
     assert dataset.mean == (0.49139968, 0.48215827, 0.44653124)
     assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_prepared_dataset_that_is_another_one(tfds, tmp_path):
+    prepare(tmp_path)
+    message = r"'cifar10' has 20 labels and uint8\[20, 32, 32, 3\] images in its train split, not "
+    with pytest.raises(
+        ValueError, match=message + r"50000 of uint8\[32, 32, 3\]; prepare it again"
+    ):
+        data.load("cifar10", path=str(tmp_path))
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 1, 0], [0, 1, 3, 2], [-1, 0, 1, 2]])
+def test_labels_are_all_classes_and_no_others(monkeypatch, labels):
+    monkeypatch.setattr(data, "CONTENTS", {"x": data.Contents(4, 3, (2, 2, 1), 3)})
+    test = data.Split(np.zeros((3, 2, 2, 1), np.uint8), np.arange(3))
+    train = data.Split(np.zeros((4, 2, 2, 1), np.uint8), np.array([0, 1, 2, 0]))
+    data._verify("x", train, test)
+    with pytest.raises(ValueError, match="'x' has labels other than all of 0 to 2 in its train"):
+        data._verify("x", train._replace(labels=np.array(labels)), test)
+
+
+def test_a_fingerprint_tells_contents_and_order_apart():
+    split = data.load("digits").train
+    same = data.Split(split.images.copy(), split.labels.copy())
+    assert data.fingerprint(split) == data.fingerprint(same)
+    assert len(data.fingerprint(split)) == 16
+    first, second = data.split_search(split)
+    changed = split.images.copy()
+    changed[5, 3, 3, 0] ^= 1
+    others = [
+        first,
+        second,
+        data.Split(split.images[::-1], split.labels[::-1]),
+        split._replace(images=changed),
+        split._replace(labels=split.labels.astype(np.int64)),
+    ]
+    assert len({data.fingerprint(other) for other in [split, *others]}) == 6
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -27,6 +27,18 @@ def pydoc():
     return text.load("pydoc")
 
 
+def test_a_fingerprint_tells_texts_apart():
+    corpus = text.load("pydoc", limit=100)
+    assert text.fingerprint(corpus) == text.fingerprint(text.load("pydoc", limit=100))
+    others = [
+        text.load("pydoc", limit=101),
+        corpus._replace(train=corpus.train[::-1]),
+        corpus._replace(vocabulary=corpus.vocabulary[::-1]),
+        corpus._replace(test=corpus.valid, valid=corpus.test),
+    ]
+    assert len({text.fingerprint(other) for other in [corpus, *others]}) == 5
+
+
 def test_embedded_text_is_english_of_some_length(pydoc):
     sizes = [len(getattr(pydoc, split)) for split in text.SPLITS]
     assert 75_000 < sum(sizes) < 120_000
