@@ -198,7 +198,7 @@ def _stream_feed(config: Config, dataset: Stream) -> Feed:
         stream.test_batches(dataset, batch_size, workers=own.workers),
         train_batch,
         eval_batch,
-        {"train images": str(len(dataset.train)), "test images": str(len(dataset.test))},
+        {"train images": str(dataset.train_size), "test images": str(dataset.test_size)},
         place,
         lambda state: jax.device_put(state, NamedSharding(mesh, PartitionSpec())),
     )
