@@ -24,7 +24,7 @@ from rich.text import Text
 
 from darts_jax import genotype, prediction, training
 from darts_jax.evaluation import EvaluationNetwork, count_parameters, multiply_adds
-from experiments import command_line, images, runner
+from experiments import command_line, devices, images, runner
 from experiments.config import check_w, w_optimizer, w_schedule
 from experiments.evaluation_config import PRESETS, Config
 from experiments.memory import peak_memory
@@ -100,7 +100,7 @@ def make_job(config: Config, dataset: images.ImageData) -> runner.Job:
     def init() -> training.TrainState:
         shape = dataset.image_shape
         states = [training.init(jax.random.key(seed), network, optimizer, shape) for seed in seeds]
-        return feed.replicate(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(states, data, items):
@@ -140,6 +140,7 @@ def make_job(config: Config, dataset: images.ImageData) -> runner.Job:
         steps_per_epoch=steps_per_epoch,
         end_epoch=lambda states: {},
         checked=training.checked,
+        place=devices.replicate,
     )
 
 

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from darts_jax import data, genotype, hypergradient, search
 from darts_jax.networks import Supernet
-from experiments import command_line, runner
+from experiments import command_line, devices, runner
 from experiments.config import (
     AlphaConfig,
     DataConfig,
@@ -216,6 +216,7 @@ def make_train_step(
         return train_batch, augmented(val_key, images.val, indices.val)
 
     def train_step(state, images, indices):
+        indices = devices.spread(indices, 0)
         return step(state, *train_and_val(state.key, state.step, images, indices))
 
     return train_step
@@ -232,7 +233,7 @@ def make_eval_step(
         loss, correct = evaluate(state, plain_batch(dataset, images.val, indices), mask)
         return {"eval_loss": loss, "eval_accuracy": correct}, mask.sum()
 
-    return eval_step
+    return lambda state, images, batch: eval_step(state, images, devices.spread(batch, 0))
 
 
 def end_epoch(workdir: Path, state: search.SearchState) -> dict[str, Any]:
@@ -278,7 +279,7 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
         init=init,
         train_step=make_train_step(step, config.data, dataset),
         eval_step=make_eval_step(search.make_evaluate(network), dataset),
-        data=jax.device_put(Images(train, val)),
+        data=devices.keep(Images(train, val)),
         train_batches=train_batches,
         eval_batches=list(data.padded_indices(val_size, batch_size)),
         epochs=epochs,
@@ -286,6 +287,7 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
         end_epoch=partial(end_epoch, workdir),
         checked=search.checked,
         draw=partial(draw, workdir),
+        place=devices.replicate,
     )
 
 
@@ -303,6 +305,7 @@ def check(config: Config) -> None:
         ("search.alpha.b2", alpha.b2, 0),
         ("search.alpha.weight-decay", alpha.weight_decay, 0),
     )
+    devices.check_batch("search.batch-size", config.search.batch_size)
     check_w(config.search.w, "search.w")
     if not config.search.radius > 0:
         raise ValueError(f"--search.radius is {config.search.radius}; give more than 0")
