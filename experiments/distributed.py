@@ -60,6 +60,12 @@ def check(config: Distributed) -> None:
         )
 
 
+def require_single(config: Distributed) -> None:
+    """Raises a ValueError if it asks for several processes."""
+    if config != Distributed():
+        raise ValueError(SINGLE)
+
+
 def initialize(config: Distributed) -> None:
     """Joins the other processes, if there are any. Call it before any other use of JAX.
 
@@ -120,12 +126,6 @@ def started() -> bool:
 def is_first() -> bool:
     """Whether this process reads and writes files; true where it is the only one."""
     return not started() or jax.process_index() == 0
-
-
-def require_single() -> None:
-    """Raises a ValueError if there are others."""
-    if started():
-        raise ValueError(SINGLE)
 
 
 def leave(code: int) -> int:
