@@ -71,11 +71,15 @@ def share(size: int) -> slice:
 
 
 def constrain(tree: PyTree, axis: int) -> PyTree:
-    """As `spread`, inside jit."""
-    if mesh().size == 1:
-        return tree
-    shardings = jax.tree.map(lambda leaf: NamedSharding(mesh(), _spec(leaf.shape, axis)), tree)
-    return jax.lax.with_sharding_constraint(tree, shardings)
+    """As `spread`, inside jit; as it is where the axis is not a multiple of the devices."""
+
+    def one(leaf: jax.Array) -> jax.Array:
+        spec = _spec(leaf.shape, axis)
+        if mesh().size == 1 or spec == PartitionSpec():
+            return leaf
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh(), spec))
+
+    return jax.tree.map(one, tree)
 
 
 def gather(tree: PyTree) -> PyTree:

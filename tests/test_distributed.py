@@ -124,6 +124,17 @@ def test_evaluation_in_two_processes(tmp_path):
 
 
 @pytest.mark.slow
+def test_text_in_two_processes(tmp_path):
+    arguments = ("evaluate_rnn", "smoke", "--workdir", "run", "--genotype", "DARTS_V1")
+    with pair(tmp_path, *arguments) as processes:
+        assert [process.wait(200) for process in processes] == [0, 0], last_error(tmp_path / "0")
+    assert start(tmp_path / "alone", *arguments, devices=1).wait(200) == 0
+    assert_same_curve(tmp_path / "0", tmp_path / "alone", 2)
+    assert {path.name for path in (tmp_path / "1").iterdir()} == {"out", "err"}
+    assert (tmp_path / "0" / "run" / "sample.txt").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_lost_process_ends_the_other_and_the_run_goes_on(tmp_path, killed):
     with pair(tmp_path, *ENDLESS) as processes:
