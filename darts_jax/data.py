@@ -243,10 +243,10 @@ def open_prepared(name: str, path: str | None) -> Any:
 
 @contextmanager
 def quiet_absl() -> Iterator[None]:
-    """Inside, TensorFlow Datasets does not warn of what is reported here in one line."""
+    """Inside, TensorFlow Datasets and Orbax do not log what is reported here in one line."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import jax
 import tyro
 
+from darts_jax.data import quiet_absl
 from darts_jax.genotype import nearest
 from experiments import distributed
 from experiments.errors import Finished, Interrupted, NonFinite, UserError
@@ -34,7 +35,8 @@ def guard(module: str, main: Callable[[Sequence[str]], None], argv: Sequence[str
     argv = sys.argv[1:] if argv is None else argv
     resume = command(module, argv)
     try:
-        main(argv)
+        with quiet_absl():
+            main(argv)
     except Finished:
         return 0
     except UserError as error:

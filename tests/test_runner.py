@@ -436,7 +436,6 @@ def test_other_data_than_the_run_began_with_is_refused(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
-@pytest.mark.filterwarnings("ignore:.*:pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, full_disk, whole):
     """Whichever file it is that cannot grow."""
     for i, size in enumerate((100, 1000, 2000)):
