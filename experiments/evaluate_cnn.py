@@ -25,7 +25,7 @@ from rich.text import Text
 from darts_jax import genotype, prediction, training
 from darts_jax.evaluation import EvaluationNetwork, count_parameters, multiply_adds
 from experiments import command_line, devices, images, runner
-from experiments.config import check_w, w_optimizer, w_schedule
+from experiments.config import check_groups, check_w, w_optimizer, w_schedule
 from experiments.evaluation_config import PRESETS, Config
 from experiments.memory import peak_memory
 from experiments.metrics import Display
@@ -67,6 +67,7 @@ def evaluation_network(config: Config, num_classes: int) -> EvaluationNetwork:
         auxiliary=config.network.auxiliary,
         dtype=jnp.dtype(config.train.precision),
         remat=config.train.remat,
+        batch_norm_groups=config.network.batch_norm_groups,
     )
 
 
@@ -219,6 +220,7 @@ def check(config: Config) -> None:
     command_line.check_positive(("train.portion", train_config.portion))
     if train_config.portion > 1:
         raise ValueError(f"--train.portion is {train_config.portion}; give 1 at most")
+    check_groups(config.network.batch_norm_groups, train_config.batch_size)
     check_w(train_config.w, "train.w")
     command_line.check_below_one(
         ("train.drop-path", train_config.drop_path),

@@ -31,6 +31,7 @@ from experiments.config import (
     WConfig,
     alpha_optimizer,
     check_data,
+    check_groups,
     check_w,
     w_optimizer,
     w_schedule,
@@ -54,6 +55,8 @@ class NetworkConfig:
     """Cells, at least 3: those at 1/3 and 2/3 of the depth are reduction cells."""
     nodes: int = 4
     """Intermediate nodes of each cell."""
+    batch_norm_groups: int = 1
+    """Slices of a batch, each normalised by itself; as many as devices: each device's own part."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,13 @@ class Indices(NamedTuple):
 
 def supernet(config: NetworkConfig, num_classes: int) -> Supernet:
     """The network that is searched."""
-    return Supernet(config.channels, config.layers, num_classes, config.nodes)
+    return Supernet(
+        config.channels,
+        config.layers,
+        num_classes,
+        config.nodes,
+        batch_norm_groups=config.batch_norm_groups,
+    )
 
 
 def make_estimator(
@@ -306,6 +315,7 @@ def check(config: Config) -> None:
         ("search.alpha.weight-decay", alpha.weight_decay, 0),
     )
     devices.check_batch("search.batch-size", config.search.batch_size)
+    check_groups(config.network.batch_norm_groups, config.search.batch_size)
     check_w(config.search.w, "search.w")
     if not config.search.radius > 0:
         raise ValueError(f"--search.radius is {config.search.radius}; give more than 0")

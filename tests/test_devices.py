@@ -117,6 +117,15 @@ def test_a_batch_that_cannot_be_spread_is_refused(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("module", [search_cnn, evaluate_cnn])
+@pytest.mark.parametrize("groups", [0, 3])
+def test_slices_of_batch_norm_are_equal(module, groups, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert module.main(["smoke", "--network.batch-norm-groups", str(groups)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --network.batch-norm-groups is {groups}; give ")
+
+
 def test_a_run_goes_on_with_other_devices(tmp_path, monkeypatch):
     """From two to one and back to two: the curve of one device all along."""
     monkeypatch.setattr(search_cnn, "supernet", spread_runs.tiny)
