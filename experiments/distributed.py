@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Distributed:
     """Several processes that are one run, on one host or many."""
 
     auto: Annotated[bool, tyro.conf.arg(name="distributed.auto")] = False
-    """Let Slurm, Open MPI, Kubernetes or a TPU say which processes there are."""
+    """Let Slurm, Open MPI, Kubernetes or a TPU pod say which processes there are."""
     coordinator: Annotated[str | None, tyro.conf.arg(name="distributed.coordinator")] = None
     """HOST:PORT at which the first process can be reached, where nothing else says so."""
     processes: Annotated[int, tyro.conf.arg(name="distributed.processes")] = 1
@@ -77,6 +78,8 @@ def initialize(config: Distributed) -> None:
         return
     known = {}
     if not config.auto:
+        if config.process == 0:
+            _require_free(config.coordinator)
         known = {
             "coordinator_address": config.coordinator,
             "num_processes": config.processes,
@@ -92,8 +95,19 @@ def initialize(config: Distributed) -> None:
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"the processes of this run do not find each other ({error}); start all of them at"
-            " about the same time, with a --distributed.coordinator that each can reach"
+            f"the other processes of this run are not found ({error}); name them by"
+            " --distributed.coordinator, --distributed.processes and --distributed.process"
+        ) from error
+
+
+def _require_free(coordinator: str) -> None:
+    """Raises a ValueError if the port of the coordinator is in use, of which JAX would crash."""
+    try:
+        socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"--distributed.coordinator is {coordinator}, but its port cannot be opened ({error});"
+            " give another one to all processes"
         ) from error
 
 

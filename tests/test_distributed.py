@@ -7,9 +7,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -24,10 +25,14 @@ SCRIPT = Path(__file__).parent / "one_of_several.py"
 ENDLESS = ("search_cnn", "smoke", "--workdir", "run", "--log-every", "5", "--search.epochs", "1000")
 
 
-def start(folder: Path, *arguments: str, devices: int) -> subprocess.Popen:
+def start(
+    folder: Path, *arguments: str, devices: int, env: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.Popen:
     """One process, in a folder of its own."""
     folder.mkdir(exist_ok=True)
-    env = os.environ | {
+    env = {
+        **os.environ,
+        **env,
         "PYTHONPATH": str(SCRIPT.parents[1]),
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
@@ -40,31 +45,42 @@ def start(folder: Path, *arguments: str, devices: int) -> subprocess.Popen:
 
 @contextmanager
 def pair(
-    path: Path, *arguments: str, second: tuple[str, ...] = ()
+    path: Path, *arguments: str, second: tuple[str, ...] = (), launcher: str = ""
 ) -> Iterator[list[subprocess.Popen]]:
     """Two processes in path/0 and path/1; `second` is for the second one alone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = ("--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.processes", "2")
-    processes = [
-        start(
-            path / str(i),
-            *arguments,
-            *flags,
-            "--distributed.process",
-            str(i),
-            *(second if i else ()),
-            devices=2,
-        )
-        for i in (0, 1)
-    ]
+    port = next(port for port in range(62000, 65000) if is_free(port))
+    processes = []
+    for i in (0, 1):
+        flags, env = told(launcher, port, str(i))
+        flags += second if i else ()
+        processes.append(start(path / str(i), *arguments, *flags, devices=2, env=env))
     try:
         yield processes
     finally:
         for process in processes:
             process.kill()
             process.wait()
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) != 0
+
+
+def told(launcher: str, port: int, process: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Flags and environment by which a launcher tells a process of two who it is."""
+    auto = ("--distributed.auto",)
+    if launcher == "slurm":  # the port follows from the job
+        names = ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")
+        values = (str(port - 61440), "127.0.0.1", "2", process, process)
+        return auto, {f"SLURM_{name}": value for name, value in zip(names, values, strict=True)}
+    if launcher == "ompi":
+        uri = {"OMPI_MCA_orte_hnp_uri": f"{(port - 61440) * 4096}.0;tcp://127.0.0.1:34911"}
+        names, values = ("SIZE", "RANK", "LOCAL_RANK"), ("2", process, process)
+        world = {f"OMPI_COMM_WORLD_{name}": v for name, v in zip(names, values, strict=True)}
+        return auto, uri | world
+    coordinator = ("--distributed.coordinator", f"127.0.0.1:{port}")
+    return (*coordinator, "--distributed.processes", "2", "--distributed.process", process), {}
 
 
 def lines_of(folder: Path, kind: str = "epoch") -> list[dict]:
@@ -170,8 +186,10 @@ def test_a_signal_to_one_stops_all_after_one_step(tmp_path):
     assert len(texts) == 1 and "stopped by SIGTERM after step" in texts.pop()
 
 
-def test_processes_of_other_fields_are_refused(tmp_path):
-    with pair(tmp_path, *ENDLESS, second=("--seed", "3")) as processes:
+@pytest.mark.parametrize("launcher", ["", "slurm", "ompi"])
+def test_processes_of_other_fields_are_refused(tmp_path, launcher):
+    """They find each other, and that they differ."""
+    with pair(tmp_path, *ENDLESS, second=("--seed", "3"), launcher=launcher) as processes:
         assert [process.wait(60) for process in processes] == [2, 2]
     assert "seed is 0 there, 3 here" in last_error(tmp_path / "1")
     assert "not all processes were given the same fields" in last_error(tmp_path / "0")
@@ -198,6 +216,22 @@ def test_a_workdir_that_cannot_be_used_ends_both(tmp_path):
 def test_fields_that_do_not_fit(config, message):
     with pytest.raises(ValueError, match=message):
         distributed.initialize(config)
+
+
+def test_a_port_in_use_is_named(capsys):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        flags = ["--distributed.coordinator", f"127.0.0.1:{taken.getsockname()[1]}"]
+        assert search_cnn.main(["smoke", *flags, "--distributed.processes", "2"]) == 2
+    assert "its port cannot be opened" in capsys.readouterr().err
+
+
+def test_no_cluster_is_told_in_one_line(tmp_path):
+    process = start(tmp_path, "search_cnn", "smoke", "--distributed.auto", devices=1)
+    assert process.wait(60) == 2
+    (line,) = (tmp_path / "err").read_text().splitlines()
+    assert "the other processes of this run are not found" in line
 
 
 def test_one_process_alone():
