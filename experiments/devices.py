@@ -87,6 +87,20 @@ def gather(tree: PyTree) -> PyTree:
     return jax.tree.map(_gather, tree)
 
 
+def collect(tree: PyTree) -> PyTree:
+    """Arrays on one device again, where what follows is for one."""
+    if mesh().size == 1:
+        return tree
+    return jax.tree.map(_collect, tree)
+
+
+def _collect(leaf: jax.Array) -> jax.Array:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        bits = _collect(jax.random.key_data(leaf))
+        return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf))
+    return jax.numpy.asarray(np.asarray(leaf))
+
+
 def _gather(leaf: Any) -> Any:
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
         return leaf

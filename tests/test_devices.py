@@ -38,6 +38,10 @@ def test_replicate(two_devices):
     np.testing.assert_array_equal(found["array"], ROWS)
     np.testing.assert_array_equal(jax.random.key_data(found["key"]), jax.random.key_data(key))
     assert devices.gather(found)["array"] is found["array"]
+    single = devices.collect(found)
+    assert all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves(single))
+    np.testing.assert_array_equal(single["array"], ROWS)
+    np.testing.assert_array_equal(jax.random.key_data(single["key"]), jax.random.key_data(key))
 
 
 def test_one_device_changes_nothing():
