@@ -40,6 +40,8 @@ LONGEST = (
     "test_docs",
     "test_unrolled",
     "test_benchmarks",
+    "test_devices",
+    "test_distributed",
     "test_rnn_experiments",
     "test_imagenet",
     "test_comparison_problems",
