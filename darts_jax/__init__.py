@@ -33,6 +33,7 @@ _MODULES = (
     "evaluation",
     "finite",
     "genotype",
+    "grouped",
     "hypergradient",
     "language_model",
     "networks",

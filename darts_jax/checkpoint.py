@@ -1,7 +1,8 @@
 """Saving and restoring a state, by Orbax, behind one small door.
 
 A state is any pytree of arrays, typed PRNG keys and numbers. It comes back bit for bit, or not at
-all: a digest of its bytes is saved beside it.
+all: a digest of its bytes is saved beside it. Of several processes that are one run, the first one
+saves; in the others, saving does nothing.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from darts_jax import __version__
 
 if TYPE_CHECKING:
     from orbax.checkpoint import CheckpointManager
+    from orbax.checkpoint.options import MultiprocessingOptions
 
 PyTree = Any
 
@@ -51,11 +53,11 @@ class Saver(NamedTuple):
     """An open folder of checkpoints.
 
     Attributes:
-      manager: writes them, in a thread.
+      manager: writes them, in a thread; None where another process does.
       best: the metric of which the smallest is kept.
     """
 
-    manager: "CheckpointManager"
+    manager: "CheckpointManager | None"
     best: str | None
 
 
@@ -71,6 +73,9 @@ def open_saver(directory: str | Path, keep: int = KEEP, best: str | None = None)
     Raises:
       SaveError: if the folder cannot be made, or what is still being written fails.
     """
+    if jax.process_index():
+        yield Saver(None, best)
+        return
     import orbax.checkpoint as ocp
 
     policies = ocp.checkpoint_managers
@@ -89,6 +94,8 @@ def open_saver(directory: str | Path, keep: int = KEEP, best: str | None = None)
         best_fn=None if best is None else lambda metrics: metrics[best],
         best_mode="min",
         cleanup_tmp_directories=True,
+        multiprocessing_options=_alone(),
+        create=False,
     )
     with _writing(directory):
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -110,6 +117,8 @@ def finish(saver: Saver) -> None:
     Raises:
       SaveError: if it cannot be written.
     """
+    if saver.manager is None:
+        return
     with _writing(saver.manager.directory):
         saver.manager.wait_until_finished()
 
@@ -130,6 +139,8 @@ def save(
     Raises:
       SaveError: if the save before this one failed, or this one cannot begin.
     """
+    if saver.manager is None:
+        return
     import orbax.checkpoint as ocp
 
     arrays = _to_arrays(state)
@@ -148,6 +159,16 @@ def next_step(saver: Saver) -> int:
     """A step larger than those saved before."""
     latest = saver.manager.latest_step()
     return 0 if latest is None else latest + 1
+
+
+def _alone() -> "MultiprocessingOptions":
+    """Options by which Orbax does not wait for other processes."""
+    import orbax.checkpoint as ocp
+
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(own, {own}, barrier_sync_key_prefix=f"process{own}")
 
 
 @contextmanager
@@ -203,7 +224,7 @@ def _read(checkpoint: Path) -> tuple[dict[str, np.ndarray], str]:
     """The arrays of a checkpoint and the version that wrote it, checked by their digest."""
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
         arrays = checkpointer.restore(checkpoint / ITEM)
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
     signature, version = (arrays.pop(name) for name in (DIGEST, VERSION))

@@ -151,6 +151,7 @@ class EvaluationNetwork(nn.Module):
       dtype: of the activations and of the arithmetic of convolutions. Parameters, statistics,
         classifiers and losses are float32 at least.
       remat: compute the inside of each cell again for its gradient, rather than keep it.
+      batch_norm_groups: as of `networks.Supernet`; the loss is `training.make_loss`.
     """
 
     genotype: Genotype
@@ -162,6 +163,7 @@ class EvaluationNetwork(nn.Module):
     operations: FrozenDict[str, Operation] = DISCRETE_OPERATIONS
     dtype: Any = None
     remat: bool = False
+    batch_norm_groups: int = 1
 
     @nn.compact
     def __call__(self, x: Array, train: bool, drop_path: Array | float | None = None) -> Logits:

@@ -189,6 +189,8 @@ class Supernet(nn.Module):
       nodes: intermediate nodes of each cell.
       operations: candidates by name.
       primitives: the columns of the mixing weights: "none" and the keys of operations.
+      batch_norm_groups: equal slices of a training batch, each normalised by its own moments; that
+        is what a loss does (`search.make_loss`), since a network sees one of them.
     """
 
     channels: int
@@ -197,6 +199,7 @@ class Supernet(nn.Module):
     nodes: int = 4
     operations: FrozenDict[str, Operation] = OPERATIONS
     primitives: tuple[str, ...] = CNN_PRIMITIVES
+    batch_norm_groups: int = 1
 
     @nn.compact
     def __call__(self, x: Array, weights: Mapping[str, Array], train: bool) -> Array:

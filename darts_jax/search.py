@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from darts_jax import finite, genotype, relaxation
+from darts_jax import finite, genotype, grouped, relaxation
 from darts_jax.hypergradient import Bilevel, Estimator, value_and_grad
 
 PyTree = Any
@@ -155,6 +155,9 @@ def init(
 def make_loss(network: nn.Module, relax: Relaxation = relaxation.softmax) -> Callable:
     """`loss(w, alpha, inputs) -> (mean cross-entropy, Aux)`, batch norm by the batch.
 
+    By each of `network.batch_norm_groups` equal slices of it, if the network has that field; the
+    running statistics then advance by the mean over the slices.
+
     The same function for the same arguments, so that what is compiled of it is compiled once.
     """
     return _make_loss(network, relax)
@@ -163,13 +166,12 @@ def make_loss(network: nn.Module, relax: Relaxation = relaxation.softmax) -> Cal
 @lru_cache
 def _make_loss(network: nn.Module, relax: Relaxation) -> Callable:
     def loss(w, alpha, inputs: Inputs):
-        logits, updated = network.apply(
-            {"params": w, "batch_stats": inputs.batch_stats},
-            inputs.batch.image,
-            relax(alpha),
-            train=True,
-            mutable=["batch_stats"],
-        )
+        variables, weights = {"params": w, "batch_stats": inputs.batch_stats}, relax(alpha)
+
+        def forward(image):
+            return network.apply(variables, image, weights, train=True, mutable=["batch_stats"])
+
+        logits, updated = grouped.by_slices(forward, grouped.count(network))(inputs.batch.image)
         return cross_entropy(logits, inputs.batch.label).mean(), Aux(logits, updated["batch_stats"])
 
     return loss

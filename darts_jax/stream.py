@@ -25,6 +25,7 @@ AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 TRIES = 10
 CENTRE = 224 / 256  # share of the shorter side that is tested on
 PREFETCH = 2  # batches that a worker keeps ready
+WHOLE = slice(None)  # of a batch
 
 
 class Stream(NamedTuple):
@@ -139,23 +140,31 @@ def train_batches(
     flip: bool = True,
     jitter: Jitter = JITTER,
     workers: int = 0,
+    share: slice = WHOLE,
 ) -> Batches:
     """The batches of an epoch, `Split` each, in the order of `data.epoch_indices`.
 
     Each image is cropped at random and resized, flipped with probability 1/2, and changes colour.
+    Of every batch, only a share of its places is read.
     """
     import grain
 
-    indices = data.epoch_indices(seed, epoch, stream.train_size, batch)
+    indices = data.epoch_indices(seed, epoch, stream.train_size, batch)[:, share]
     make = partial(_train_batch, stream.train, stream.size, (seed, epoch), flip, jitter)
     return Batches(grain.MapDataset.source(indices).map(make), workers)
 
 
-def test_batches(stream: Stream, batch: int, *, workers: int = 0) -> Batches:
-    """All test images in order, their centre: (`Split`, mask) as of `data.padded_indices`."""
+def test_batches(stream: Stream, batch: int, *, workers: int = 0, share: slice = WHOLE) -> Batches:
+    """All test images in order, their centre: (`Split`, mask) as of `data.padded_indices`.
+
+    Of every batch, only a share of its places is read.
+    """
     import grain
 
-    indices = list(data.padded_indices(stream.test_size, batch))
+    indices = [
+        (indices[share], mask[share])
+        for indices, mask in data.padded_indices(stream.test_size, batch)
+    ]
     make = partial(_test_batch, stream.test, stream.size)
     return Batches(grain.MapDataset.source(indices).map(make), workers)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from darts_jax import finite
+from darts_jax import finite, grouped
 from darts_jax.search import Batch, accuracy, cross_entropy
 
 PyTree = Any
@@ -87,18 +87,24 @@ def make_loss(
     """`loss(params, batch_stats, batch, drop_path, key) -> (loss, (logits, statistics after))`.
 
     The mean cross-entropy, plus auxiliary_weight times that of the auxiliary head if there is one;
-    in both, label_smoothing of a label's weight is spread evenly over all classes.
+    in both, label_smoothing of a label's weight is spread evenly over all classes. Batch norm is by
+    slices of the batch as in `search.make_loss`.
     """
+    groups = grouped.count(network)
 
     def loss(params, batch_stats, batch: Batch, drop_path, key):
-        logits, updated = network.apply(
-            {"params": params, "batch_stats": batch_stats},
-            batch.image,
-            train=True,
-            drop_path=drop_path,
-            rngs={"drop_path": key},
-            mutable=["batch_stats"],
-        )
+        def forward(image, keys):
+            return network.apply(
+                {"params": params, "batch_stats": batch_stats},
+                image,
+                train=True,
+                drop_path=drop_path,
+                rngs={"drop_path": keys[0]},
+                mutable=["batch_stats"],
+            )
+
+        keys = key[None] if groups == 1 else jax.random.split(key, groups)
+        logits, updated = grouped.by_slices(forward, groups)(batch.image, keys)
         targets = optax.smooth_labels(
             jax.nn.one_hot(batch.label, logits.main.shape[-1]), label_smoothing
         )

@@ -1,7 +1,7 @@
 """What every experiment shares at the shell: presets, one-line errors, exit codes, the cache.
 
-Exit codes: 0 done; 2 bad input; 3 a metric or a weight is not finite; 130 (SIGINT, Ctrl-C) and
-143 (SIGTERM) stopped, to be resumed.
+Exit codes: 0 done; 2 bad input; 3 a metric or a weight is not finite; 4 another process of the run
+is lost; 130 (SIGINT, Ctrl-C) and 143 (SIGTERM) stopped, to be resumed.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,8 @@ import tyro
 
 from darts_jax.data import quiet_absl
 from darts_jax.genotype import nearest
-from experiments.errors import Interrupted, NonFinite, UserError
+from experiments import distributed
+from experiments.errors import Finished, Interrupted, NonFinite, UserError
 
 Config = TypeVar("Config")
 
@@ -35,8 +37,10 @@ def guard(module: str, main: Callable[[Sequence[str]], None], argv: Sequence[str
     try:
         with quiet_absl():
             main(argv)
+    except Finished:
+        return 0
     except UserError as error:
-        return _fail(error, 2)
+        return distributed.leave(_fail(error, 2))
     except NonFinite as error:
         return _fail(error, 3)
     except Interrupted as error:
@@ -47,7 +51,16 @@ def guard(module: str, main: Callable[[Sequence[str]], None], argv: Sequence[str
             os._exit(code)
         return code
     except KeyboardInterrupt:
-        return _fail(f"stopped at once; to go on: {resume}", 128 + signal.SIGINT)
+        code = _fail(f"stopped at once; to go on: {resume}", 128 + signal.SIGINT)
+        return distributed.leave(code)
+    except Exception as error:
+        if not distributed.started():
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            reason = str(error).splitlines()[0]
+            return distributed.leave(_fail(distributed.lost(reason), distributed.LOST))
+        traceback.print_exc()
+        return distributed.leave(1)
     return 0
 
 

@@ -8,7 +8,7 @@ import jax
 
 from darts_jax import data, genotype, search, text
 from darts_jax.hypergradient import Bilevel
-from experiments import runner, search_cnn, search_rnn, texts
+from experiments import devices, runner, search_cnn, search_rnn, texts
 from experiments.config import (
     AlphaConfig,
     DataConfig,
@@ -86,6 +86,7 @@ def cnn(config: CnnConfig) -> Problem:
     def prepare(seed: int, state: search.SearchState, step: int):
         epoch, index = divmod(step, steps_per_epoch)
         pair = augmented(state, job(seed).data, job(seed).train_batches(epoch)[index])
+        pair = devices.collect(pair)  # stages are compiled for one device
         return state, *(search.Inputs(batch, state.carry) for batch in pair)
 
     return Problem(
@@ -133,7 +134,8 @@ def rnn(config: RnnConfig) -> Problem:
 
     def prepare(seed: int, state: search.SearchState, step: int):
         epoch, index = divmod(step, steps_per_epoch)
-        state, train, val = windows(state, job(seed).data, job(seed).train_batches(epoch)[index])
+        at = job(seed).train_batches(epoch)[index]
+        state, train, val = devices.collect(windows(state, job(seed).data, at))
         return state, task.train_inputs(state.carry, train), task.val_inputs(state.carry, val)
 
     return Problem(

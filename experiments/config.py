@@ -97,6 +97,15 @@ def alpha_optimizer(config: AlphaConfig) -> optax.GradientTransformation:
     )
 
 
+def check_groups(groups: int, batch_size: int) -> None:
+    """Raises a ValueError if a batch cannot be cut into so many slices for batch norm."""
+    check_at_least(("network.batch-norm-groups", groups, 1))
+    if batch_size % groups:
+        raise ValueError(
+            f"--network.batch-norm-groups is {groups}; give a divisor of the batch, {batch_size}"
+        )
+
+
 def check_data(config: DataConfig) -> None:
     """Raises a ValueError for a field out of range."""
     check_at_least(("data.crop", config.crop, 0), ("data.cutout", config.cutout, 0))

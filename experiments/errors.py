@@ -11,6 +11,10 @@ class UserError(Exception):
     """Bad input, in one line that names the culprit and the remedy."""
 
 
+class Finished(Exception):
+    """A run is over for a process that writes nothing."""
+
+
 class Interrupted(Exception):
     """A signal asked to stop, and everything up to a step is saved."""
 

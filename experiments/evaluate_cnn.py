@@ -24,8 +24,8 @@ from rich.text import Text
 
 from darts_jax import genotype, prediction, training
 from darts_jax.evaluation import EvaluationNetwork, count_parameters, multiply_adds
-from experiments import command_line, images, runner
-from experiments.config import check_w, w_optimizer, w_schedule
+from experiments import command_line, devices, images, runner
+from experiments.config import check_groups, check_w, w_optimizer, w_schedule
 from experiments.evaluation_config import PRESETS, Config
 from experiments.memory import peak_memory
 from experiments.metrics import Display
@@ -67,6 +67,7 @@ def evaluation_network(config: Config, num_classes: int) -> EvaluationNetwork:
         auxiliary=config.network.auxiliary,
         dtype=jnp.dtype(config.train.precision),
         remat=config.train.remat,
+        batch_norm_groups=config.network.batch_norm_groups,
     )
 
 
@@ -100,7 +101,7 @@ def make_job(config: Config, dataset: images.ImageData) -> runner.Job:
     def init() -> training.TrainState:
         shape = dataset.image_shape
         states = [training.init(jax.random.key(seed), network, optimizer, shape) for seed in seeds]
-        return feed.replicate(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(states, data, items):
@@ -141,6 +142,7 @@ def make_job(config: Config, dataset: images.ImageData) -> runner.Job:
         end_epoch=lambda states: {},
         checked=training.checked,
         facts=feed.facts,
+        place=devices.replicate,
     )
 
 
@@ -219,6 +221,7 @@ def check(config: Config) -> None:
     command_line.check_positive(("train.portion", train_config.portion))
     if train_config.portion > 1:
         raise ValueError(f"--train.portion is {train_config.portion}; give 1 at most")
+    check_groups(config.network.batch_norm_groups, train_config.batch_size)
     check_w(train_config.w, "train.w")
     command_line.check_below_one(
         ("train.drop-path", train_config.drop_path),

@@ -30,7 +30,7 @@ from darts_jax.files import write_text
 from darts_jax.genotype import RecurrentGenotype
 from darts_jax.language_model import Inputs
 from darts_jax.text import Corpus
-from experiments import command_line, runner, texts
+from experiments import command_line, devices, distributed, runner, texts
 from experiments.memory import peak_memory
 from experiments.metrics import Display
 from experiments.recurrent_cell import describe, draw_cell
@@ -258,7 +258,13 @@ def make_job(config: Config, corpus: Corpus) -> runner.Job:
         checked=lambda state: training.Checked(0.0, state.params),
         next_epoch=next_epoch,
         facts={"text": text.fingerprint(corpus)},
+        place=place,
     )
+
+
+def place(state: State) -> State:
+    """The state on the devices, which have their own columns of the hidden state."""
+    return devices.replicate(state)._replace(hidden=devices.spread(state.hidden, axis=0))
 
 
 def check(config: Config) -> None:
@@ -272,6 +278,7 @@ def check(config: Config) -> None:
         ("train.slowness", own.slowness, 0),
         ("train.patience", own.patience, 1),
     )
+    devices.check_batch("train.batch-size", own.batch_size)
     command_line.check_seed(config.seed)
     check_run(config.run)
 
@@ -294,7 +301,8 @@ def train(config: Config, corpus: Corpus, workdir: Path, display: Display) -> Ou
         job = make_job(config, corpus)
     with command_line.user_errors(), writing(workdir):
         write_config(config, workdir)
-        text.save_vocabulary(corpus.vocabulary, workdir / "vocabulary.json")
+        if distributed.is_first():
+            text.save_vocabulary(corpus.vocabulary, workdir / "vocabulary.json")
     result = runner.run(job, config, workdir, display)
     with display.phase("testing"), writing(workdir):
         losses = finish(config, result, corpus, workdir)

@@ -24,6 +24,8 @@ class NetworkConfig:
     stem of ImageNet."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """First layers: a convolution, or three that make images 8 times smaller."""
+    batch_norm_groups: int = 1
+    """Slices of a batch, each normalised by itself; as many as devices: each device's own part."""
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,19 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from darts_jax import data, stream
 from darts_jax.augment import augment, normalize
 from darts_jax.data import Dataset, Split
 from darts_jax.search import Batch
 from darts_jax.stream import Stream
+from experiments import devices
 from experiments.command_line import check_at_least
 from experiments.config import DataConfig, check_data
 from experiments.evaluation_config import Config
 
 PyTree = Any
 ImageData = Dataset | Stream
-AXIS = "data"  # of the devices, over which a streamed batch is spread
 
 
 def make_augment(
@@ -66,7 +65,6 @@ class Feed(NamedTuple):
       eval_batch: (data, item) -> (`Batch`, mask); for jit.
       facts: what identifies the images.
       place: (item, axis of its images) -> the item on the devices.
-      replicate: state -> the state on all devices.
     """
 
     data: PyTree
@@ -76,17 +74,17 @@ class Feed(NamedTuple):
     train_batch: Callable[[jax.Array, PyTree, Any], Batch]
     eval_batch: Callable[[PyTree, Any], tuple[Batch, jax.Array]]
     facts: Mapping[str, str]
-    place: Callable[[Any, int], Any] = lambda item, axis: item
-    replicate: Callable[[PyTree], PyTree] = lambda state: state
+    place: Callable[[Any, int], Any]
 
 
 def check(config: Config) -> None:
     """Raises a ValueError for what can be seen to be wrong before anything is loaded."""
     check_data(config.data)
+    devices.check_batch("train.batch-size", config.train.batch_size)
     if config.data.name not in stream.NAMES:
         data.check(config.data.name)
         return
-    own, batch_size, devices = config.stream, config.train.batch_size, jax.device_count()
+    own = config.stream
     stream.check(config.data.name)
     check_at_least(
         ("stream.size", own.size, 1),
@@ -98,11 +96,6 @@ def check(config: Config) -> None:
         raise ValueError(
             f"{config.data.name} is read as a stream, of one order and as a whole; leave --seeds"
             " and --train.portion at 1"
-        )
-    if batch_size % devices:
-        raise ValueError(
-            f"a batch of {batch_size} cannot be spread evenly over {devices} devices; give a"
-            f" --train.batch-size that is a multiple of {devices}"
         )
 
 
@@ -130,6 +123,8 @@ def _device_feed(config: Config, dataset: Dataset) -> Feed:
     if config.train.portion < 1:
         train, test = data.split_search(dataset.train, config.train.portion)
     batch_size, train_size, test_size = config.train.batch_size, len(train.labels), len(test.labels)
+    test_batch = min(batch_size, test_size)
+    test_batch += -test_batch % devices.mesh().size
     augmented = make_augment(config.data, dataset)
     seeds = range(config.seed, config.seed + config.seeds)
 
@@ -142,21 +137,22 @@ def _device_feed(config: Config, dataset: Dataset) -> Feed:
         return plain_batch(dataset, images.test, indices), mask
 
     return Feed(
-        jax.device_put(Images(train, test)),
+        devices.keep(Images(train, test)),
         len(train_batches(0)),
         train_batches,
-        list(data.padded_indices(test_size, min(batch_size, test_size))),
+        list(data.padded_indices(test_size, test_batch)),
         lambda key, images, indices: augmented(key, images.train, indices),
         eval_batch,
         {"train images": data.fingerprint(train), "test images": data.fingerprint(test)},
+        devices.spread,
     )
 
 
 def _stream_feed(config: Config, dataset: Stream) -> Feed:
-    """Batches from worker processes, each spread over all devices."""
+    """Batches from worker processes, which read what is for devices of this process."""
     own, batch_size = config.stream, config.train.batch_size
     jitter = stream.Jitter(own.colours, own.colours, own.colours, own.hue)
-    mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    share = devices.share(batch_size)
 
     def train_batches(epoch: int) -> stream.Batches:
         return stream.train_batches(
@@ -167,6 +163,7 @@ def _stream_feed(config: Config, dataset: Stream) -> Feed:
             flip=config.data.flip,
             jitter=jitter,
             workers=own.workers,
+            share=share,
         )
 
     def train_batch(key: jax.Array, _: None, split: Split) -> Batch:
@@ -186,19 +183,17 @@ def _stream_feed(config: Config, dataset: Stream) -> Feed:
         return Batch(normalize(split.images, dataset.mean, dataset.std), split.labels), mask
 
     def place(item: PyTree, axis: int) -> PyTree:
-        spread = NamedSharding(mesh, PartitionSpec(*(None,) * axis, AXIS))
         if axis:  # that of the seeds, which is one
             item = jax.tree.map(lambda x: x[None], item)
-        return jax.device_put(item, spread)
+        return devices.spread_share(item, axis)
 
     return Feed(
         None,
         len(train_batches(0)),
         train_batches,
-        stream.test_batches(dataset, batch_size, workers=own.workers),
+        stream.test_batches(dataset, batch_size, workers=own.workers, share=share),
         train_batch,
         eval_batch,
         {"train images": str(dataset.train_size), "test images": str(dataset.test_size)},
         place,
-        lambda state: jax.device_put(state, NamedSharding(mesh, PartitionSpec())),
     )

@@ -32,6 +32,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from experiments import distributed
 from experiments.errors import NonFinite
 from experiments.events import TensorBoard, Wandb
 from experiments.workdir import writing
@@ -137,7 +138,7 @@ class Display:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
+        self.console = console or Console(quiet=not distributed.is_first())
         self._spinner = Spinner("dots")
         self._phase: tuple[str, float] | None = None
         self._detail = ""

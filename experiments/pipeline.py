@@ -21,7 +21,14 @@ import tyro
 from rich.table import Table
 
 from darts_jax import data
-from experiments import command_line, evaluate_cnn, evaluation_config, report, search_cnn
+from experiments import (
+    command_line,
+    distributed,
+    evaluate_cnn,
+    evaluation_config,
+    report,
+    search_cnn,
+)
 from experiments.config import DataConfig
 from experiments.evaluation_config import TrainConfig
 from experiments.metrics import Display
@@ -250,6 +257,7 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command line."""
     with command_line.user_errors():
         preset, config = command_line.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
+        distributed.require_single(config.run.distributed)
         prepare(config.run)
         check(config)
     workdir = config.workdir or Path("runs") / f"pipeline-{preset}-seed{config.seed}"

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from darts_jax import data, genotype, plots
-from experiments import command_line, evaluate_cnn
+from experiments import command_line, distributed, evaluate_cnn
 from experiments.config import DataConfig
 from experiments.evaluation_config import NetworkConfig, TrainConfig
 from experiments.metrics import Display
@@ -120,6 +120,7 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command line."""
     with command_line.user_errors():
         preset, config = command_line.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
+        distributed.require_single(config.run.distributed)
         prepare(config.run)
         check(config)
     workdir = config.workdir or Path("runs") / f"random_search-{preset}-seed{config.seed}"

@@ -23,7 +23,7 @@ from rich.table import Table
 from darts_jax import genotype, text
 from darts_jax.files import write_text
 from darts_jax.text import Corpus
-from experiments import command_line, evaluate_rnn, texts
+from experiments import command_line, distributed, evaluate_rnn, texts
 from experiments.evaluate_rnn import DEFAULT_GENOTYPE, LSTM, TrainConfig
 from experiments.metrics import Display
 from experiments.run_config import RunConfig, prepare
@@ -190,6 +190,7 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command line."""
     with command_line.user_errors():
         preset, config = command_line.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
+        distributed.require_single(config.run.distributed)
         prepare(config.run)
         check(config)
         default = Path("runs") / f"recurrent_baselines-{preset}-seed{config.seed}"

@@ -1,13 +1,14 @@
 """How a run goes, which every experiment lets its user choose, and what that asks of JAX."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from darts_jax import checkpoint
-from experiments import command_line
+from experiments import command_line, distributed
 from experiments.command_line import check_at_least, check_positive
+from experiments.distributed import Distributed
 
 DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops=true"
 
@@ -33,6 +34,7 @@ class RunConfig:
     """Steps to trace, from the second on, for TensorBoard or Perfetto; they go to profile/."""
     wandb: str | None = None
     """Project of Weights & Biases to record to as well; its package is an extra."""
+    distributed: Distributed = field(default_factory=Distributed)
 
     @property
     def skip_nonfinite(self) -> bool:
@@ -49,8 +51,13 @@ def check_run(config: RunConfig) -> None:
 
 
 def prepare(config: RunConfig) -> None:
-    """Sets up JAX: what it keeps of compiled programs, and determinism. Call it before any use."""
+    """Sets up JAX: processes, determinism, and the cache. Call it before any other use of it.
+
+    Raises:
+      ValueError: if the processes of the run are not found.
+    """
     if config.deterministic:
         # Read once, when the device is first used.
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
+    distributed.initialize(config.distributed)
     command_line.enable_compilation_cache()

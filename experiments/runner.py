@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import jax
 
 from darts_jax import checkpoint
+from experiments import devices, distributed
 from experiments.command_line import COMPILER, user_errors
-from experiments.errors import Interrupted, UserError
+from experiments.errors import Finished, Interrupted, UserError
 from experiments.memory import device_memory
 from experiments.metrics import (
     METRICS,
@@ -31,7 +32,7 @@ from experiments.metrics import (
     require_finite,
 )
 from experiments.run_config import RunConfig
-from experiments.workdir import write_config, writing
+from experiments.workdir import computed, write_config, writing
 
 PyTree = Any
 
@@ -62,6 +63,7 @@ class Job(NamedTuple):
       next_epoch: (state, the lines of kind "epoch" so far) -> state to go on with.
       draw: called with the lines of kind "epoch", at the end; returns the pictures, PNG.
       facts: what else than the config makes the run what it is, such as hashes of its data.
+      place: a state, as `init` or a checkpoint gives it -> the state on the devices.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Job(NamedTuple):
     next_epoch: Callable[[PyTree, Sequence[dict[str, Any]]], PyTree] = lambda state, lines: state
     draw: Callable[[Sequence[dict[str, Any]]], Sequence[Path]] = lambda lines: ()
     facts: Mapping[str, str] = MappingProxyType({})
+    place: Callable[[PyTree], PyTree] = lambda state: state
 
 
 class Result(NamedTuple):
@@ -125,19 +128,21 @@ def run(job: Job, config: Any, workdir: Path, display: Display) -> Result:
       NonFinite: at the first step with a metric, or the first checkpoint with a weight, that is not
         finite, unless it may be skipped; the last checkpoint is from before.
       Interrupted: by a signal.
+      Finished: at the end, in all processes but the first of a run.
     """
     with _stop_signal() as stop, ExitStack() as stack:
-        step, saved, log = _open(job, config, workdir, display)
+        step, saved, log = _open_everywhere(job, config, workdir, display)
         stack.enter_context(log)
         if len(log.epochs) >= job.epochs:
             _draw(job, log, step, workdir, display)
-            return Result(saved.state, log.epochs, compile_seconds=0.0)
+            return Result(devices.gather(saved.state), log.epochs, compile_seconds=0.0)
         compile_seconds = _compile_all(job, saved.state, step, display, stop)
         with writing(workdir, checkpoint.SaveError):
             saver = stack.enter_context(
                 checkpoint.open_saver(workdir / CHECKPOINTS, config.run.keep, BEST)
             )
         state = _loop(job, config.run, workdir, display, stop, step, saved, log, saver)
+        state = devices.gather(state)
         with writing(workdir):
             checkpoint.finish(saver)
         _draw(job, log, job.epochs * job.steps_per_epoch, workdir, display)
@@ -161,7 +166,8 @@ def _loop(
     names = [leaf_name(path) for path, _ in jax.tree.leaves_with_path(job.checked(saved.state))]
     observer = _Observer(log, config, per_epoch, display, names)
     left = job.epochs * per_epoch - step - 1  # after the first one
-    profile = _Profile(workdir / PROFILE, step + 2, min(config.profile, left))
+    traced = min(config.profile, left) if distributed.is_first() else 0
+    profile = _Profile(workdir / PROFILE, step + 2, traced)
     state, seconds = saved.state, saved.epoch_seconds
     for epoch in range(step // per_epoch, job.epochs):
         start, end = time.monotonic() - seconds, (epoch + 1) * per_epoch
@@ -169,35 +175,54 @@ def _loop(
         while step < end:
             due = partial(_due, stop, time.monotonic() + 60 * config.save_minutes)
             state, step = _train(job, state, step, batches, due, observer, profile)
-            require_finite(step, state)
+            require_finite(step, devices.gather(state))
             seconds, values = time.monotonic() - start, {}
             if step == end:
                 values = _evaluate(job.eval_step, state, job.data, job.eval_batches)
                 require_finite(step, values)
                 other = {"seconds": time.monotonic() - start, "memory_bytes": device_memory()}
-                with writing(workdir):
-                    other |= job.end_epoch(state)
+                if distributed.is_first():
+                    with writing(workdir):
+                        other |= job.end_epoch(state)
                 display.epoch(log.write("epoch", step, epoch + 1, values, **other))
                 state, seconds = job.next_epoch(state, log.epochs), 0.0
-            saved = _Saved(state, log.sync(), seconds)
+            saved = _Saved(devices.gather(state), log.sync(), seconds)
+            signum = distributed.largest(stop.signum or 0)
             with writing(workdir):
                 checkpoint.save(saver, step, saved, values)
-                if stop.signum:
+                if signum:
                     checkpoint.finish(saver)
-            if stop.signum:
-                raise Interrupted(stop.signum, step)
+            if signum:
+                raise Interrupted(signum, step)
     return state
 
 
 def _due(stop: SimpleNamespace, at: float) -> bool:
-    """Whether a signal has come, or the time to save."""
-    return stop.signum is not None or time.monotonic() >= at
+    """Whether a signal has come, or the time to save: in one process, and so in all."""
+    return bool(distributed.largest(stop.signum is not None or time.monotonic() >= at))
 
 
 def _draw(job: Job, log: Log, step: int, workdir: Path, display: Display) -> None:
+    if not distributed.is_first():
+        raise Finished
     with display.phase("drawing"), writing(workdir):
         log.pictures(step, job.draw(log.epochs))
         log.sync()
+
+
+def _open_everywhere(
+    job: Job, config: Any, workdir: Path, display: Display
+) -> tuple[int, _Saved, Log]:
+    """As `_open`, in all processes of a run and with the state on the devices."""
+
+    def fresh() -> _Saved:
+        with user_errors():
+            return _Saved(job.init(), log_size=0, epoch_seconds=0.0)
+
+    fields = computed(config) | {"on-nan": config.run.on_nan}
+    open_run = partial(_open, job, config, workdir, display)
+    step, saved, log = distributed.opened(open_run, fresh, fields)
+    return step, saved._replace(state=job.place(saved.state)), log
 
 
 def _open(job: Job, config: Any, workdir: Path, display: Display) -> tuple[int, _Saved, Log]:

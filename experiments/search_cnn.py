@@ -24,13 +24,14 @@ from rich.text import Text
 
 from darts_jax import data, genotype, hypergradient, search
 from darts_jax.networks import Supernet
-from experiments import command_line, runner
+from experiments import command_line, devices, runner
 from experiments.config import (
     AlphaConfig,
     DataConfig,
     WConfig,
     alpha_optimizer,
     check_data,
+    check_groups,
     check_w,
     w_optimizer,
     w_schedule,
@@ -54,6 +55,8 @@ class NetworkConfig:
     """Cells, at least 3: those at 1/3 and 2/3 of the depth are reduction cells."""
     nodes: int = 4
     """Intermediate nodes of each cell."""
+    batch_norm_groups: int = 1
+    """Slices of a batch, each normalised by itself; as many as devices: each device's own part."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,13 @@ class Indices(NamedTuple):
 
 def supernet(config: NetworkConfig, num_classes: int) -> Supernet:
     """The network that is searched."""
-    return Supernet(config.channels, config.layers, num_classes, config.nodes)
+    return Supernet(
+        config.channels,
+        config.layers,
+        num_classes,
+        config.nodes,
+        batch_norm_groups=config.batch_norm_groups,
+    )
 
 
 def make_estimator(
@@ -216,6 +225,7 @@ def make_train_step(
         return train_batch, augmented(val_key, images.val, indices.val)
 
     def train_step(state, images, indices):
+        indices = devices.spread(indices, 0)
         return step(state, *train_and_val(state.key, state.step, images, indices))
 
     return train_step
@@ -232,7 +242,7 @@ def make_eval_step(
         loss, correct = evaluate(state, plain_batch(dataset, images.val, indices), mask)
         return {"eval_loss": loss, "eval_accuracy": correct}, mask.sum()
 
-    return eval_step
+    return lambda state, images, batch: eval_step(state, images, devices.spread(batch, 0))
 
 
 def end_epoch(workdir: Path, state: search.SearchState) -> dict[str, Any]:
@@ -278,7 +288,7 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
         init=init,
         train_step=make_train_step(step, config.data, dataset),
         eval_step=make_eval_step(search.make_evaluate(network), dataset),
-        data=jax.device_put(Images(train, val)),
+        data=devices.keep(Images(train, val)),
         train_batches=train_batches,
         eval_batches=list(data.padded_indices(val_size, batch_size)),
         epochs=epochs,
@@ -290,6 +300,7 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
             "train images": data.fingerprint(train),
             "validation images": data.fingerprint(val),
         },
+        place=devices.replicate,
     )
 
 
@@ -307,6 +318,8 @@ def check(config: Config) -> None:
         ("search.alpha.b2", alpha.b2, 0),
         ("search.alpha.weight-decay", alpha.weight_decay, 0),
     )
+    devices.check_batch("search.batch-size", config.search.batch_size)
+    check_groups(config.network.batch_norm_groups, config.search.batch_size)
     check_w(config.search.w, "search.w")
     if not config.search.radius > 0:
         raise ValueError(f"--search.radius is {config.search.radius}; give more than 0")

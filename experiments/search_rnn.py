@@ -27,7 +27,7 @@ from darts_jax import genotype, language_model, recurrent, relaxation, search, t
 from darts_jax.language_model import Aux, Inputs
 from darts_jax.operations import Moments
 from darts_jax.text import Corpus
-from experiments import command_line, runner, texts
+from experiments import command_line, devices, distributed, runner, texts
 from experiments.config import AlphaConfig, alpha_optimizer
 from experiments.memory import peak_memory
 from experiments.metrics import Display
@@ -298,7 +298,15 @@ def make_job(config: Config, corpus: Corpus, workdir: Path) -> runner.Job:
         checked=search.checked,
         draw=partial(draw, workdir),
         facts={"text": text.fingerprint(corpus)},
+        place=place,
     )
+
+
+def place(state: search.SearchState) -> search.SearchState:
+    """The state on the devices, which have their own columns of the hidden states."""
+    placed, carry = devices.replicate(state), state.carry
+    hidden = devices.spread((carry.train_hidden, carry.val_hidden), axis=0)
+    return placed._replace(carry=Carry(placed.carry.running, *hidden))
 
 
 def end_epoch(workdir: Path, state: search.SearchState) -> dict[str, Any]:
@@ -323,6 +331,7 @@ def check(config: Config) -> None:
         ("search.alpha.b2", own.alpha.b2, 0),
         ("search.alpha.weight-decay", own.alpha.weight_decay, 0),
     )
+    devices.check_batch("search.batch-size", own.batch_size)
     command_line.check_positive(("search.radius", own.radius))
     command_line.check_below_one(
         ("search.alpha.b1", own.alpha.b1), ("search.alpha.b2", own.alpha.b2)
@@ -389,7 +398,8 @@ def run(argv: Sequence[str]) -> None:
             job = make_job(config, corpus, workdir)
         with command_line.user_errors(), writing(workdir):
             write_config(config, workdir)
-            text.save_vocabulary(corpus.vocabulary, workdir / "vocabulary.json")
+            if distributed.is_first():
+                text.save_vocabulary(corpus.vocabulary, workdir / "vocabulary.json")
         result = runner.run(job, config, workdir, display)
     command = command_line.command(
         "experiments.evaluate_rnn", [preset, "--genotype", f"{workdir}/genotype.json"]

@@ -14,6 +14,7 @@ from darts_jax import language_model, recurrent, text
 from darts_jax.genotype import RecurrentGenotype
 from darts_jax.language_model import Batch, Cell, Dropout
 from darts_jax.text import Corpus
+from experiments import devices
 from experiments.command_line import check_at_least, check_below_one, check_positive
 
 EVALUATION_LENGTH = 35  # rows of a window; the loss does not depend on it
@@ -125,9 +126,12 @@ def with_length(
 
 
 def on_device(tokens: np.ndarray, batch: int, filling: int) -> Array:
-    """A text in columns, with rows at its end that only fill windows up."""
+    """A text in columns, with rows at its end that only fill windows up.
+
+    Each device has columns of its own.
+    """
     rows = text.columns(tokens, batch)
-    return jax.device_put(np.pad(rows, ((0, filling), (0, 0))))
+    return devices.keep(np.pad(rows, ((0, filling), (0, 0))), axis=1)
 
 
 def window(rows: Array, start: Array, length: Array, longest: int, key: Array) -> Batch:
@@ -144,10 +148,12 @@ def make_evaluation(
     It is cut into so many columns, and a hidden state has so many numbers.
     """
     columns = text.columns(getattr(corpus, split), batch)
-    windows = jax.device_put(text.consecutive(columns, EVALUATION_LENGTH))
+    tokens, targets, valid = jax.device_put(text.consecutive(columns, EVALUATION_LENGTH))
 
     def evaluate(params, cell: Cell) -> tuple[Array, Array]:
-        return language_model.evaluate(params, cell, jnp.zeros((batch, width)), *windows)
+        spread = devices.constrain((tokens, targets), axis=2)
+        hidden = devices.constrain(jnp.zeros((batch, width)), axis=0)
+        return language_model.evaluate(params, cell, hidden, *spread, valid)
 
     return evaluate
 

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from darts_jax import __version__
 from darts_jax.files import write_text
+from experiments import distributed
 from experiments.errors import UserError
 
 CONFIG = "config.json"  # files of a workdir
@@ -28,7 +29,7 @@ MISSING = "missing"
 
 @contextmanager
 def opened(workdir: Path, config: Any, fork: Path | None = None) -> Iterator[Path]:
-    """The folder of a run, for this process alone until the end.
+    """The folder of a run, for this process alone until the end; in others of a run, just its name.
 
     Args:
       workdir: the folder, which need not exist.
@@ -39,6 +40,9 @@ def opened(workdir: Path, config: Any, fork: Path | None = None) -> Iterator[Pat
       UserError: if another process has it, it is another run's, or it cannot be written. Nothing in
         it is changed then.
     """
+    if not distributed.is_first():
+        yield fork or workdir
+        return
     if fork is not None:
         _fork(workdir, fork, config)
         workdir = fork
@@ -124,6 +128,8 @@ def writing(workdir: Path, kind: type[OSError] = OSError) -> Iterator[None]:
 def write_config(config: Any, workdir: Path, facts: Mapping[str, Any] | None = None) -> None:
     """Writes config.json, which `check` reads; makes the folder if need be.
 
+    Only in the first process of a run.
+
     Args:
       config: a dataclass.
       workdir: the folder.
@@ -132,6 +138,8 @@ def write_config(config: Any, workdir: Path, facts: Mapping[str, Any] | None = N
     Raises:
       UserError: if the folder is another run's, or the facts are not those it began with.
     """
+    if not distributed.is_first():
+        return
     check(workdir, config)
     known = (_read_config(workdir) or {}).get("facts") or {}
     for name, value in (facts or {}).items():
@@ -205,6 +213,11 @@ def _fork(source: Path, target: Path, config: Any) -> None:
         if target.exists():
             target.rmdir()
         copy.rename(target)
+
+
+def computed(config: Any) -> dict[str, Any]:
+    """The fields that decide what is computed, flat."""
+    return {name: v for name, v in flatten(_fields(config)).items() if name not in ALWAYS}
 
 
 def _fields(config: Any) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import meshes
 import numpy as np
 import pytest
 
-# A second device, for what is sharded; nothing else sees it.
+# A second device, for what is sharded; experiments use the first one alone, but in `two_devices`.
 jax.config.update("jax_num_cpu_devices", 2)
 # Most of a test's time is compiling. So code is compiled in half the time, to run slower and give
 # the same numbers but for rounding (`optimized` undoes that); and what one test has compiled,
@@ -40,6 +41,8 @@ LONGEST = (
     "test_docs",
     "test_unrolled",
     "test_benchmarks",
+    "test_devices",
+    "test_distributed",
     "test_rnn_experiments",
     "test_imagenet",
     "test_comparison_problems",
@@ -71,6 +74,20 @@ def _unpack(archive: dict[str, Any], pack: str) -> dict[str, np.ndarray]:
         str(name): leaf.reshape(shape)
         for name, leaf, shape in zip(archive[f"{pack}_names"], flat, shapes, strict=True)
     }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_device() -> Iterator[None]:
+    """Experiments see one device."""
+    with meshes.use(1):
+        yield
+
+
+@pytest.fixture
+def two_devices(one_device: None) -> Iterator[None]:
+    """Experiments see both."""
+    with meshes.use(2):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,13 @@ def epochs_of(workdir):
 def test_paper_preset():
     """Section 3.2 and appendix A.2 of arXiv 1806.09055, and what the released code adds."""
     paper = dataclasses.asdict(PRESETS["paper"][1])
-    assert paper["network"] == {"channels": 36, "layers": 20, "auxiliary": True, "stem": "cifar"}
+    assert paper["network"] == {
+        "channels": 36,
+        "layers": 20,
+        "auxiliary": True,
+        "stem": "cifar",
+        "batch_norm_groups": 1,
+    }
     assert paper["data"] == {
         "name": "cifar10",
         "path": None,

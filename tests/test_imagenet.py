@@ -3,17 +3,17 @@
 import dataclasses
 import json
 from pathlib import Path
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cheap_cells import CHEAP
+from meshes import use
 from small_imagenet import prepare
 
-from darts_jax import checkpoint, genotype, prediction, stream
-from experiments import evaluate_cnn
+from darts_jax import genotype, prediction, stream
+from experiments import devices, evaluate_cnn
 from experiments.evaluation_config import PRESETS, NetworkConfig, StreamConfig, TrainConfig
 
 
@@ -43,9 +43,9 @@ def imagenet(folder, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # TensorFlow Datasets' own, and Grain's
-def test_imagenet_from_prepared_files(imagenet, capsys):
+def test_imagenet_from_prepared_files(imagenet, two_devices, capsys):
     """Read by a worker process, and spread over two devices."""
-    assert jax.device_count() == 2
+    assert devices.mesh().size == 2
     assert evaluate_cnn.main([*imagenet, "--train.epochs", "1"]) == 0
     assert [line["step"] for line in lines_of("step")] == [1, 2, 3]
     epochs = lines_of("epoch")
@@ -75,26 +75,18 @@ def test_a_batch_spread_over_devices_is_that_of_one(folder):
 
     def run():
         job = evaluate_cnn.make_job(config, dataset)
-        state = job.init()
+        state = job.place(job.init())
         for items in job.train_batches(0):
-            with checkpoint.open_saver("checkpoints") as saver:  # as if the run went on from there
-                checkpoint.save(saver, checkpoint.next_step(saver), state)
-            state = checkpoint.restore_latest("checkpoints", state).state
             state, metrics = job.train_step(state, job.data, items)
         sums, count = job.eval_step(state, job.data, job.eval_batches[0])
         assert count == 3
         return state, metrics, sums
 
-    spread = run()
+    single = run()
+    with use(2):
+        spread = run()
     placed = jax.tree.leaves(spread[0].params)[0].sharding
     assert len(placed.device_set) == 2
-    with (
-        mock.patch.object(jax, "device_count", return_value=1),
-        mock.patch.object(
-            jax, "make_mesh", lambda shape, axes, **_: jax.sharding.Mesh(jax.devices()[:1], axes)
-        ),
-    ):
-        single = run()
     for a, b in zip(jax.tree.leaves(spread), jax.tree.leaves(single), strict=True):
         if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
@@ -111,7 +103,7 @@ def test_a_batch_spread_over_devices_is_that_of_one(folder):
         ("--train.batch-size 64", "26 images fill no batch of 64"),
     ],
 )
-def test_imagenet_refuses(imagenet, capsys, arguments, message):
+def test_imagenet_refuses(imagenet, two_devices, capsys, arguments, message):
     capsys.readouterr()
     assert evaluate_cnn.main([*imagenet, *arguments.split()]) == 2
     error = capsys.readouterr().err

@@ -57,7 +57,7 @@ def test_paper_preset():
             "flip": True,
             "cutout": 0,
         },
-        "network": {"channels": 16, "layers": 8, "nodes": 4},
+        "network": {"channels": 16, "layers": 8, "nodes": 4, "batch_norm_groups": 1},
         "search": {
             "estimator": "unrolled",
             "radius": 0.01,

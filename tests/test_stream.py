@@ -171,3 +171,19 @@ def test_without_grain(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs grain; pip install -e '.\\[imagenet\\]'"):
         stream.load("imagenet2012", None, None, 224)
+
+
+def test_a_process_reads_its_share_of_each_batch(images):
+    share = slice(2, 4)
+    whole, part = (
+        list(stream.train_batches(images, 1, 0, 8, **options)) for options in ({}, {"share": share})
+    )
+    for a, b in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(a.images[share], b.images)
+        np.testing.assert_array_equal(a.labels[share], b.labels)
+    whole, part = (
+        list(stream.test_batches(images, 4, **options)) for options in ({}, {"share": share})
+    )
+    for (a, a_mask), (b, b_mask) in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(a.images[share], b.images)
+        np.testing.assert_array_equal(a_mask[share], b_mask)

@@ -17,6 +17,7 @@ class TinyNetwork(nn.Module):
     num_classes: int
     nodes: int = 4
     primitives: tuple[str, ...] = CNN_PRIMITIVES
+    batch_norm_groups: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, weights: Mapping[str, jax.Array], train: bool) -> jax.Array:
