@@ -1,7 +1,12 @@
-"""Writing files whole or not at all."""
+"""Files: written whole or not at all, and read as what they should hold."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 1_000_000
+MAX_JSON_DEPTH = 30
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -19,3 +24,47 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+      path: of the file.
+      limit: bytes that it may have.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if it is larger, cannot be read, is not JSON in UTF-8, holds a number that JSON
+        does not have (NaN, Infinity), is nested too deeply, or is no object; one line, without the
+        path.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no number of JSON")
+
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise ValueError(f"more than {limit} bytes")
+        found = json.loads(content.decode(), parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    if not isinstance(found, dict):
+        raise ValueError("not an object")
+    level: list[Any] = [found]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, dict | list)
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+    if level:
+        raise ValueError("nested too deeply")
+    return found

@@ -13,11 +13,12 @@ from jax import Array
 from darts_jax import checkpoint, genotype
 from darts_jax.augment import normalize
 from darts_jax.evaluation import EvaluationNetwork
-from darts_jax.files import write_text
+from darts_jax.files import read_json, write_text
 
 PyTree = Any
 
 DESCRIPTION, VARIABLES = "model.json", "model"  # a file and a folder of a workdir
+MAX_SIZE = 100_000  # of anything that a description counts
 _FIELDS = ("channels", "layers", "num_classes", "stem")
 
 
@@ -80,17 +81,13 @@ def load(workdir: str | Path, index: int = 0) -> Trained:
     """
     path = Path(workdir) / DESCRIPTION
     try:
-        found = json.loads(path.read_text())
-        cells = genotype.validate(genotype.Genotype(**found["genotype"]))
-        network = EvaluationNetwork(cells, **{name: found[name] for name in _FIELDS})
-        image_shape, mean, std = (tuple(found[name]) for name in ("image_shape", "mean", "std"))
-        count = found["count"]
+        network, image_shape, mean, std, count = _parse(read_json(path))
     except FileNotFoundError:
         raise ValueError(
             f"{workdir} holds no trained network (no {DESCRIPTION}); give the folder of a run of"
             " experiments.evaluate_cnn that has ended"
         ) from None
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read ({error}); train the network again") from error
     if not 0 <= index < count:
         raise ValueError(f"{workdir} holds {count} networks; give an index from 0 to {count - 1}")
@@ -107,6 +104,48 @@ def load(workdir: str | Path, index: int = 0) -> Trained:
         return network.apply(variables, normalize(images, mean, std), train=False).main
 
     return Trained(apply, variables, network, image_shape)
+
+
+class _Description(NamedTuple):
+    network: EvaluationNetwork
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    count: int
+
+
+def _parse(found: dict[str, Any]) -> _Description:
+    """What a description says; a ValueError that names the first field that is not valid."""
+
+    def integer(value: Any, least: int = 1) -> bool:
+        return type(value) is int and least <= value <= MAX_SIZE
+
+    def numbers(value: Any) -> bool:
+        return isinstance(value, list) and all(type(x) is float and abs(x) < 1e6 for x in value)
+
+    def shape(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == 3 and all(map(integer, value))
+
+    valid = {
+        "channels": integer,
+        "layers": lambda value: integer(value, 3),
+        "num_classes": integer,
+        "stem": lambda value: value in ("cifar", "imagenet"),
+        "image_shape": shape,
+        "mean": numbers,
+        "std": lambda value: numbers(value) and all(x > 0 for x in value),
+        "count": integer,
+        "genotype": lambda value: isinstance(value, dict),
+    }
+    for name, is_valid in valid.items():
+        if name not in found or not is_valid(found[name]):
+            raise ValueError(f"its field {name!r} is missing or not valid")
+    image_shape, mean, std = (tuple(found[name]) for name in ("image_shape", "mean", "std"))
+    if not len(mean) == len(std) == image_shape[-1]:
+        raise ValueError("its mean and std are not those of its channels")
+    cells = genotype.from_json(json.dumps(found["genotype"]))
+    network = EvaluationNetwork(cells, **{name: found[name] for name in _FIELDS})
+    return _Description(network, image_shape, mean, std, found["count"])
 
 
 def export(trained: Trained, path: str | Path) -> None:

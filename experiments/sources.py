@@ -1,13 +1,14 @@
 """Where an evaluation finds its cells when none are named."""
 
-import json
 from pathlib import Path
+
+from darts_jax.files import read_json
 
 
 def saved_genotype(workdir: Path) -> str | None:
     """The genotype that the run in a folder was given, if there is one."""
     try:
-        return json.loads((workdir / "config.json").read_text())["genotype"]
+        return read_json(workdir / "config.json")["genotype"]
     except (OSError, ValueError, KeyError, TypeError):  # `workdir.check` tells what is wrong
         return None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from darts_jax import __version__
-from darts_jax.files import write_text
+from darts_jax.files import read_json, write_text
 from experiments import distributed
 from experiments.errors import UserError
 
@@ -25,6 +25,7 @@ APART = ("workdir", "run")  # fields that are no part of what is computed
 ALWAYS = ("data.path", "stream.workers")  # fields that may change: where from, not what
 GROWING = ("search.epochs", "train.epochs")  # fields that may grow
 MISSING = "missing"
+MAX_SHOWN, MAX_CHARACTERS = 10, 100  # of fields that differ, and of each value
 
 
 @contextmanager
@@ -145,8 +146,8 @@ def write_config(config: Any, workdir: Path, facts: Mapping[str, Any] | None = N
     for name, value in (facts or {}).items():
         if known.get(name, value) != value:
             raise UserError(
-                f"{name} is {value} here, but {known[name]} where the run in {workdir} began; give"
-                " it back what it had, or start anew in another --workdir"
+                f"{name} is {value} here, but {_show(known[name])} where the run in {workdir}"
+                " began; give it back what it had, or start anew in another --workdir"
             )
     _write(workdir, config, {**known, **(facts or {})})
 
@@ -164,9 +165,9 @@ def _read_config(workdir: Path) -> dict[str, Any] | None:
       UserError: if there is something else in it, or the file cannot be read.
     """
     try:
-        saved = json.loads((workdir / CONFIG).read_text())
-        if not isinstance(saved, dict):
-            raise ValueError("not an object")
+        saved = read_json(workdir / CONFIG)
+        if not isinstance(saved.get("facts", {}), dict):
+            raise ValueError("its facts are not an object")
         return saved
     except FileNotFoundError:
         if workdir.exists() and any(path.name != LOCK for path in workdir.iterdir()):
@@ -174,7 +175,7 @@ def _read_config(workdir: Path) -> dict[str, Any] | None:
                 f"{workdir} holds files but no run (no {CONFIG}); give another --workdir"
             ) from None
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{workdir}/{CONFIG} cannot be read ({error}); give another --workdir"
         ) from error
@@ -188,10 +189,18 @@ def _differing(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str
         there, here = saved.get(name, MISSING), current.get(name, MISSING)
         if there == here or name in ALWAYS:
             continue
-        if name in GROWING and MISSING not in (there, here) and here > there:
+        if name in GROWING and type(there) is type(here) is int and here > there:
             continue
-        texts.append(f"{name} is {there} there, {here} here")
+        texts.append(f"{_show(name)} is {_show(there)} there, {_show(here)} here")
+    if len(texts) > MAX_SHOWN:
+        texts[MAX_SHOWN:] = [f"and {len(texts) - MAX_SHOWN} more"]
     return texts
+
+
+def _show(value: Any) -> str:
+    """A value of a file as part of one line, whatever it is."""
+    text = str(value).encode("utf-8", "backslashreplace").decode()
+    return " ".join(text.split())[:MAX_CHARACTERS]
 
 
 def _fork(source: Path, target: Path, config: Any) -> None:
