@@ -10,9 +10,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from darts_jax import __version__
 from darts_jax.files import write_text
@@ -68,30 +68,49 @@ def check(workdir: Path, config: Any) -> None:
 def locked(workdir: Path) -> Iterator[None]:
     """Inside, no other process can lock the folder, which is made if need be.
 
-    The lock ends with the process, however that ends.
+    The lock ends with the process, however that ends. A folder that was made, and into which
+    nothing has been written, is removed at the end.
 
     Raises:
       UserError: if another process has the lock.
     """
+    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
+        file = _lock(workdir)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # the folder may be gone, or not be empty
+            (workdir / LOCK).unlink()
+            file.close()
+            for folder in made:
+                folder.rmdir()
+
+
+def _lock(workdir: Path) -> TextIO:
+    """The open lock file, which this process holds."""
+    while True:
         file = (workdir / LOCK).open("a+")
-    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
+            file.close()
             raise UserError(
                 f"{workdir} is in use by {holder}; wait for it to end, or give another --workdir"
             ) from None
-        except OSError:
-            pass  # a file system without locks
-        with writing(workdir):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-            file.flush()
-        yield
+        except OSError:  # a file system without locks
+            return file
+        # Who had the lock may have removed the file between our opening and locking it.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), (workdir / LOCK).stat()):
+                return file
+        file.close()
 
 
 @contextmanager

@@ -28,6 +28,7 @@ if not jax.config.jax_compilation_cache_dir:
 # The files that take longest, which come first: what comes last should not keep one process busy
 # while the others have nothing to do.
 LONGEST = (
+    "test_kill",
     "test_networks",
     "test_evaluate_cnn",
     "test_recurrent",

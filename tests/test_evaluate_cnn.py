@@ -167,11 +167,11 @@ def numbered_job(monkeypatch, train=None, seeds=1, size=20):
     split = data.Split(np.ascontiguousarray(images), np.arange(size, dtype=np.int32) % 10)
     dataset = data.Dataset("numbered", split, split, 10, (0.0,), (1.0,))
 
-    def make_step(*_):
+    def make_step(*_, **__):
         def step(state, batch, drop_path):
             numbers = jnp.round(batch.image[:, 0, 0, 0] * 255)
             probability = jnp.float32(-1 if drop_path is None else drop_path)
-            metrics = training.Metrics(probability, probability, probability)
+            metrics = training.Metrics(probability, probability, probability, jnp.int32(-1))
             return state._replace(step=state.step + 1, params=numbers), metrics
 
         return step

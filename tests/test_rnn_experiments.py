@@ -133,7 +133,7 @@ def corpus():
 def test_batches_of_a_search_follow_both_texts(corpus, monkeypatch):
     seen = []
 
-    def make_task_step(task, *_):
+    def make_task_step(task, *_, **__):
         def step(state, train, val):
             seen.append((state, train, val))
             carry = jax.tree.map(lambda x: x + 1, state.carry)

@@ -218,6 +218,7 @@ def test_one_step_is_alpha_then_weights(run):
         (np.argmax(val.aux.logits, -1) == VAL.label).mean(),
         optax.tree.norm(gradient),
         optax.tree.norm(hypergradient_),
+        -1,
     )
     np.testing.assert_allclose(metrics, expected, rtol=1e-6)
 

@@ -9,9 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from darts_jax import data, genotype, hypergradient, search
+from darts_jax import data, finite, genotype, hypergradient, search
 from experiments import search_cnn
 from experiments.config import DataConfig, WConfig, w_optimizer
+from experiments.distributed import Distributed
+from experiments.metrics import MEASURED
+from experiments.run_config import RunConfig
 from experiments.search_cnn import PRESETS, Config, SearchConfig
 
 NUM_EDGES = 14
@@ -75,7 +78,7 @@ def test_paper_preset():
             "alpha": {"learning_rate": 3e-4, "b1": 0.5, "b2": 0.999, "weight_decay": 1e-3},
         },
         "seed": 0,
-        "log_every": 50,
+        "run": {**dataclasses.asdict(RunConfig()), "log_every": 50},
         "workdir": None,
     }
 
@@ -105,13 +108,13 @@ def test_help_explains_each_field(capsys, monkeypatch):
         assert f"{name}: {description}" in output
     source = [
         line
-        for file in (search_cnn.__file__, inspect.getfile(DataConfig))
+        for file in map(inspect.getfile, (search_cnn, DataConfig, RunConfig, Distributed))
         for line in Path(file).read_text().splitlines()
     ]
     names = list(leaves(PRESETS["paper"][1]))
-    assert len(names) == 29
+    assert len(names) == 41
     for name in names:
-        assert f"--{name.replace('_', '-')}" in output
+        assert f"--{name.removeprefix('run.').replace('_', '-')}" in output
         last = name.split(".")[-1]
         declared = next(i for i, line in enumerate(source) if line.startswith(f"    {last}: "))
         text = source[declared + 1].strip().strip('"').split()[:3]
@@ -136,7 +139,7 @@ def install_stand_in(monkeypatch):
     def logits(state, image):
         return image.reshape(len(image), -1) @ state.w
 
-    def make_step(network, estimator, w_optimizer, alpha_optimizer):
+    def make_step(network, estimator, w_optimizer, alpha_optimizer, skip_nonfinite):
         @jax.jit
         def step(state, train_batch, val_batch):
             def loss(w, alpha, batch):
@@ -162,7 +165,9 @@ def install_stand_in(monkeypatch):
             )
             zero = jnp.zeros(())
             val_loss = loss(state.w, alpha, val_batch)
-            return state, search.Metrics(train_loss, zero, val_loss, zero, zero, zero)
+            parts = search.Checked(val_loss, zero, zero, train_loss, zero)
+            nonfinite = finite.first(jnp.stack(parts))
+            return state, search.Metrics(train_loss, zero, val_loss, zero, zero, zero, nonfinite)
 
         return step
 
@@ -193,8 +198,7 @@ def stand_in(monkeypatch, tmp_path):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """They take seconds."""
-    monkeypatch.setattr("darts_jax.plots.draw_genotype", lambda *_: [])
-    monkeypatch.setattr("darts_jax.plots.draw_alphas", lambda *_: [])
+    monkeypatch.setattr(search_cnn, "draw", lambda *_: [])
 
 
 def metrics_of(workdir, kind):
@@ -216,7 +220,7 @@ def test_a_search_from_the_command_line(stand_in, capsys):
 
     steps, epochs = metrics_of(workdir, "step"), metrics_of(workdir, "epoch")
     assert [line["step"] for line in steps] == [2, 4, 6, 8, 10, 12]  # 64 images, batches of 16
-    assert list(steps[0])[3:] == list(search.Metrics._fields)
+    assert list(steps[0])[3:] == [*search.Metrics._fields[:-1], "step_seconds"]
     assert [line["step"] for line in epochs] == [4, 8, 12]
     found = genotype.load(workdir / "genotype.json")
     assert found == genotype.derive(epochs[-1]["alpha"])
@@ -251,7 +255,10 @@ def test_same_seed_same_run(stand_in, no_pictures):
     arguments = ["smoke", "--search.epochs", "1", "--log-every", "1", "--workdir"]
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert search_cnn.main([*arguments, name, "--seed", str(seed)]) == 0
-    a, b, c = (metrics_of(stand_in / name, "step") for name in "abc")
+    a, b, c = (
+        [{k: v for k, v in line.items() if k not in MEASURED} for line in metrics_of(path, "step")]
+        for path in map(stand_in.joinpath, "abc")
+    )
     assert a == b
     assert a != c
 
@@ -261,7 +268,7 @@ def job_and_batches(monkeypatch, config, dataset):
     seen = []
     install_stand_in(monkeypatch)
 
-    def make_step(*_):
+    def make_step(*_, **__):
         def step(state, train_batch, val_batch):
             seen.append((train_batch, val_batch))
             return state, None
@@ -393,7 +400,7 @@ def test_workdir_of_another_config(stand_in, no_pictures, capsys):
         capsys,
         ["smoke", "--workdir", "run", "--search.w.clip", "4"],
         "run holds a run with another config",
-        "search.epochs is 1 there, 2 here; search.w.clip is 5.0 there, 4.0 here",
+        "search.w.clip is 5.0 there, 4.0 here",
         "--workdir",
     )
     assert content == {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
@@ -403,7 +410,7 @@ def test_loss_that_is_not_finite(stand_in, capsys):
     diverging = ["smoke", "--search.w.learning-rate", "1e38", "--search.w.clip", "1e38"]
     assert search_cnn.main([*diverging, "--workdir", "run"]) == 3
     error = capsys.readouterr().err
-    assert error.startswith("error: step 1: val_loss is ")
+    assert error.startswith("error: step 1: val_loss is not finite. ")
     assert error.count("\n") == 1
     assert "The last good checkpoint is kept" in error
     assert not Path("run", "genotype.json").exists()

@@ -131,6 +131,17 @@ def test_one_process_at_a_time(tmp_path):
         assert folder == tmp_path
         assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
         workdirs.check(tmp_path, Config())  # the lock is no content
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_for_nothing_is_removed(tmp_path):
+    with pytest.raises(ValueError, match="bad input"):
+        with workdirs.opened(tmp_path / "runs" / "a", Config()):
+            raise ValueError("bad input")
+    assert not list(tmp_path.iterdir())
+    with workdirs.opened(tmp_path / "runs" / "a", Config()) as folder:
+        (folder / "cells.json").touch()
+    assert contents(tmp_path) == {tmp_path / "runs" / "a" / "cells.json": b""}
 
 
 def make_run(folder):
