@@ -12,7 +12,7 @@ from cheap_cells import CHEAP
 from meshes import use
 from small_imagenet import prepare
 
-from darts_jax import genotype, prediction, stream
+from darts_jax import checkpoint, genotype, prediction, stream
 from experiments import devices, evaluate_cnn
 from experiments.evaluation_config import PRESETS, NetworkConfig, StreamConfig, TrainConfig
 
@@ -77,6 +77,9 @@ def test_a_batch_spread_over_devices_is_that_of_one(folder):
         job = evaluate_cnn.make_job(config, dataset)
         state = job.place(job.init())
         for items in job.train_batches(0):
+            with checkpoint.open_saver("checkpoints") as saver:  # as if the run went on from there
+                checkpoint.save(saver, checkpoint.next_step(saver), state)
+            state = job.place(checkpoint.restore_latest("checkpoints", state).state)
             state, metrics = job.train_step(state, job.data, items)
         sums, count = job.eval_step(state, job.data, job.eval_batches[0])
         assert count == 3

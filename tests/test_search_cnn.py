@@ -12,6 +12,7 @@ import pytest
 from darts_jax import data, finite, genotype, hypergradient, search
 from experiments import search_cnn
 from experiments.config import DataConfig, WConfig, w_optimizer
+from experiments.distributed import Distributed
 from experiments.metrics import MEASURED
 from experiments.run_config import RunConfig
 from experiments.search_cnn import PRESETS, Config, SearchConfig
@@ -107,11 +108,11 @@ def test_help_explains_each_field(capsys, monkeypatch):
         assert f"{name}: {description}" in output
     source = [
         line
-        for file in map(inspect.getfile, (search_cnn, DataConfig, RunConfig))
+        for file in map(inspect.getfile, (search_cnn, DataConfig, RunConfig, Distributed))
         for line in Path(file).read_text().splitlines()
     ]
     names = list(leaves(PRESETS["paper"][1]))
-    assert len(names) == 36
+    assert len(names) == 41
     for name in names:
         assert f"--{name.removeprefix('run.').replace('_', '-')}" in output
         last = name.split(".")[-1]
