@@ -118,7 +118,7 @@ RNN = Kind(
     "recurrent",
     RecurrentGenotype,
     (("recurrent", "concat"),),
-    RNN_PRIMITIVES,
+    RNN_PRIMITIVES[1:],  # a node that nothing enters has no value
     RNN_EDGES_PER_NODE,
     RNN_NUM_INPUTS,
     PUBLISHED_RECURRENT,

@@ -101,6 +101,11 @@ def load(workdir: str | Path, index: int = 0) -> Trained:
     variables = jax.tree.map(lambda x: x[index], restored.state)
 
     def apply(variables: PyTree, images: Array) -> Array:
+        if images.shape[1:] != image_shape or images.dtype != jnp.uint8:
+            raise ValueError(
+                f"images are {images.dtype}{list(images.shape)}; give uint8 [N, "
+                f"{', '.join(map(str, image_shape))}]"
+            )
         return network.apply(variables, normalize(images, mean, std), train=False).main
 
     return Trained(apply, variables, network, image_shape)

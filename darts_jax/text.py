@@ -130,7 +130,7 @@ def save_vocabulary(vocabulary: Sequence[str], path: str | Path) -> None:
     path, content = Path(path), json.dumps(list(vocabulary), ensure_ascii=False, indent=0) + "\n"
     if not path.exists():
         write_text(path, content)
-    elif path.read_text() != content:
+    elif path.read_text("utf-8") != content:
         raise ValueError(
             f"{path} is not the vocabulary of this text; continue with the text that it was made"
             " from, or give another folder"
@@ -331,7 +331,7 @@ def _file(path: Path) -> list[list[str]]:
         ) from None
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; give a readable file") from error
-    lines = [line.split() for line in text.splitlines()]
+    lines = [line.split() for line in text.removesuffix("\n").split("\n")]
     if sum(map(bool, lines)) < 2:
         raise ValueError(f"{path} holds less than two lines of text; give a whole text")
     return lines

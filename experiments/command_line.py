@@ -163,6 +163,12 @@ def flags(config: Any, default: Any, prefix: str = "") -> list[str]:
     return found
 
 
+def data_flags(config: Any, default: Any) -> list[str]:
+    """The arguments by which another experiment reads the same data: its name, path and limit."""
+    own = {name: getattr(config, name) for name in ("name", "path", "limit")}
+    return flags(dataclasses.replace(default, **own), default, "data.")
+
+
 def next_command(module: str, argv: Sequence[str], seed: int) -> str:
     """The command line of a module with another seed, and without the folders of this one."""
     kept, rest = [], iter(argv)

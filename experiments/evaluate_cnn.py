@@ -75,16 +75,22 @@ def make_job(config: Config, dataset: images.ImageData) -> runner.Job:
     """The training as the runner takes it; the first axis of every state is that of the seeds.
 
     Raises:
-      ValueError: if the images are too few for a batch. The job's `init`: if they do not fit the
+      ValueError: if the images are too few for a batch, or the batches of an epoch cannot be
+        accumulated evenly. The job's `init`: if they do not fit the
         network.
     """
     train_config = config.train
     seeds = range(config.seed, config.seed + config.seeds)
     feed = images.make_feed(config, dataset)
     steps_per_epoch = feed.steps_per_epoch
+    if steps_per_epoch % train_config.accumulate:
+        raise ValueError(
+            f"--train.accumulate is {train_config.accumulate}, of which the {steps_per_epoch}"
+            " batches of an epoch are no multiple; give one of their divisors"
+        )
     network = evaluation_network(config, dataset.num_classes)
     schedule = w_schedule(
-        train_config.w, train_config.epochs, max(1, steps_per_epoch // train_config.accumulate)
+        train_config.w, train_config.epochs, steps_per_epoch // train_config.accumulate
     )
     optimizer = w_optimizer(train_config.w, schedule)
     if train_config.accumulate > 1:

@@ -8,7 +8,6 @@ The workdir then holds the cell, its picture, the vocabulary, a sample of text, 
 `experiments.runner` writes. The same command resumes.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -339,7 +338,9 @@ def summary(config: Config, outcome: Outcome, corpus: Corpus, workdir: Path, com
     table.add_row("cell", Text(f"{config.genotype}{nodes}"))
     for split, loss in outcome.losses.items():
         bits = text.bits_per_character(loss, corpus, split)
-        table.add_row(split, f"perplexity {math.exp(loss):.2f} a word, {bits:.3f} bits a character")
+        table.add_row(
+            split, f"perplexity {texts.perplexity(loss):.2f} a word, {bits:.3f} bits a character"
+        )
     unigram, bigram = text.unigram_perplexity(corpus), text.bigram_perplexity(corpus)
     table.add_row("baselines, test", f"perplexity {unigram:.1f} of words, {bigram:.1f} of pairs")
     table.add_row("parameters", f"{outcome.parameters:,}")

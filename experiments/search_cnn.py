@@ -401,8 +401,9 @@ def run(argv: Sequence[str]) -> None:
         with command_line.user_errors(), display.phase(f"loading {config.data.name}"):
             dataset = data.load(config.data.name, config.data.path, config.data.limit)
         cells, result = search_cells(config, dataset, workdir, display)
+    own = command_line.data_flags(config.data, PRESETS[preset][1].data)
     command = command_line.command(
-        "experiments.evaluate_cnn", [preset, "--genotype", f"{workdir}/genotype.json"]
+        "experiments.evaluate_cnn", [preset, *own, "--genotype", f"{workdir}/genotype.json"]
     )
     display.console.print(summary(cells, result, workdir, command))
 

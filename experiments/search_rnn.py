@@ -8,7 +8,6 @@ The workdir then holds genotype.json, a picture of the cell, one of the alphas o
 `experiments.runner` writes. The same command resumes it.
 """
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -367,7 +366,7 @@ def summary(result: runner.Result, corpus: Corpus, workdir: Path, command: str) 
     """The table that a search ends with."""
     table = Table(title="Search finished", show_header=False, title_justify="left")
     table.add_row("cell", describe(found(result.epochs)))
-    perplexity = math.exp(result.epochs[-1]["eval_loss"])
+    perplexity = texts.perplexity(result.epochs[-1]["eval_loss"])
     table.add_row("validation", f"perplexity {perplexity:.1f}, of the relaxed model")
     unigram, bigram = (
         f(corpus, "valid") for f in (text.unigram_perplexity, text.bigram_perplexity)
@@ -401,8 +400,9 @@ def run(argv: Sequence[str]) -> None:
             if distributed.is_first():
                 text.save_vocabulary(corpus.vocabulary, workdir / "vocabulary.json")
         result = runner.run(job, config, workdir, display)
+    own = command_line.data_flags(config.data, PRESETS[preset][1].data)
     command = command_line.command(
-        "experiments.evaluate_rnn", [preset, "--genotype", f"{workdir}/genotype.json"]
+        "experiments.evaluate_rnn", [preset, *own, "--genotype", f"{workdir}/genotype.json"]
     )
     display.console.print(summary(result, corpus, workdir, command))
 

@@ -1,5 +1,6 @@
 """What experiments on text share: configs, text on the device, windows of it, evaluation."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from darts_jax.text import Corpus
 from experiments import devices
 from experiments.command_line import check_at_least, check_below_one, check_positive
 
+MAX_LOSS = 700.0  # whose exponential is still a float
 EVALUATION_LENGTH = 35  # rows of a window; the loss does not depend on it
 
 
@@ -79,6 +81,11 @@ class Recurrence(NamedTuple):
     cell: Cell
     init: Callable[[jax.Array, int], Any]
     width: int
+
+
+def perplexity(loss: float) -> float:
+    """Of a cross-entropy in nats; infinity where it has no float."""
+    return math.exp(loss) if loss < MAX_LOSS else math.inf
 
 
 def recurrence(cell: RecurrentGenotype | None, size: int) -> Recurrence:

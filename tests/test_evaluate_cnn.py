@@ -224,6 +224,29 @@ def test_without_drop_path_there_is_none(monkeypatch):
     assert metrics.train_loss == -1
 
 
+def test_gradients_are_accumulated(monkeypatch):
+    """The weights move at every second step, by the mean gradient of two."""
+    split = data.Split(np.zeros((16, 8, 8, 1), np.uint8), np.arange(16, dtype=np.int32) % 10)
+    dataset = data.Dataset("numbered", split, split, 10, (0.0,), (1.0,))
+    config = Config(
+        DataConfig("digits", crop=0, flip=False),
+        network=NetworkConfig(2, 3, auxiliary=False),
+        train=TrainConfig(epochs=1, batch_size=4, drop_path=0.0, accumulate=2),
+        cells=CHEAP,
+    )
+    job = evaluate_cnn.make_job(config, dataset)
+    state, moved = job.init(), []
+    for batch in job.train_batches(0):
+        before = [np.array(leaf) for leaf in jax.tree.leaves(state.params)]
+        state, _ = job.train_step(state, job.data, batch)
+        after = jax.tree.leaves(state.params)
+        moved.append(any((a != b).any() for a, b in zip(after, before, strict=True)))
+    assert moved == [False, True, False, True]
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=3))
+    with pytest.raises(ValueError, match="accumulate is 3, of which the 4 batches .* divisors"):
+        evaluate_cnn.make_job(config, dataset)
+
+
 def test_part_of_the_training_images_can_be_held_out(monkeypatch):
     train = TrainConfig(epochs=1, batch_size=4, portion=0.8, drop_path=0.0)
     job = numbered_job(monkeypatch, train)

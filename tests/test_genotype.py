@@ -25,6 +25,11 @@ def as_pairs(cell):
     return tuple((operation, source) for operation, source in cell)
 
 
+def test_a_recurrent_cell_has_no_none():
+    with pytest.raises(ValueError, match="none"):
+        genotype.validate(genotype.RecurrentGenotype((("tanh", 0), ("none", 1)), (1, 2)))
+
+
 def test_edges_are_ordered_by_destination_then_source():
     assert genotype.edges(2) == ((0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
     assert genotype.edges(3, num_inputs=1) == ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
