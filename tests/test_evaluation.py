@@ -277,6 +277,32 @@ def test_bfloat16_is_near_float32():
 
 
 @pytest.mark.usefixtures("x64")
+def test_recorded_drop_path(oracle, monkeypatch):
+    """What is kept is divided by the probability to be kept."""
+    recorded = oracle("misc.npz")
+    x, y, kept = (recorded[f"drop_path/{name}"] for name in ("x", "y", "keep"))
+
+    def bernoulli(key, probability, shape):
+        np.testing.assert_allclose(probability, 1 - recorded["drop_path/prob"], rtol=1e-12)
+        return jnp.broadcast_to(kept, shape)
+
+    monkeypatch.setattr(jax.random, "bernoulli", bernoulli)
+    network = EvaluationNetwork(PUBLISHED["DARTS_V2"], 2, 3, 10)
+    factors = network.apply(
+        {},
+        float(recorded["drop_path/prob"]),
+        3,
+        8,
+        len(x),
+        method="_keep",
+        rngs={"drop_path": jax.random.key(0)},
+    )
+    assert factors.shape == (3, 8, len(x))
+    for factor in factors.reshape(-1, len(x)):
+        np.testing.assert_allclose(x * factor[:, None, None, None], y, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
 def test_drop_path_of_zero_is_none():
     network, variables, images = build()
     rngs = {"drop_path": jax.random.key(3)}
