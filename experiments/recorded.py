@@ -61,7 +61,7 @@ class Run(NamedTuple):
         found: dict[str, list[tuple[int, float]]] = {}
         for line in self.lines.get(kind, ()):
             for name, value in line.items():
-                if name not in PLACE and isinstance(value, int | float) and value is not True:
+                if name not in PLACE and type(value) in (int, float):  # true and false are none
                     found.setdefault(name, []).append((line[kind], float(value)))
         return found
 

@@ -24,12 +24,13 @@ from experiments.errors import UserError
 from experiments.metrics import MEASURED, Display
 from experiments.recorded import CELLS, Frame, Run, origin, read_runs
 from experiments.recurrent_cell import START
-from experiments.workdir import MISSING, writing
+from experiments.workdir import writing
 
 MODULE = "experiments.report"
 MAX_POINTS = 1000  # of a curve: more cannot be seen
 SCRIPT = Path(__file__).with_suffix(".js")
 INPUTS = ("c(k-2)", "c(k-1)")  # states of a convolutional cell
+NONE = "-"  # in tables
 OF_SEED = "_of_seed_"  # in names of metrics of one of several networks
 SVG_DASHES = dict(zip(page.DASHES, ("none", "6 3", "7 2 1.5 2", "1.5 2.5"), strict=True))
 
@@ -39,23 +40,33 @@ img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 """
 STYLE = """
 h2 { margin-top: 2.5rem; }
-td { max-width: 22rem; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-.wide { overflow-x: auto; }
+td { max-width: 22rem; overflow-wrap: break-word; font-variant-numeric: tabular-nums; }
+td:first-child { white-space: nowrap; }
+.wide { overflow: auto; }
+.fields { max-height: 34rem; border: 1px solid #d0d7de; }
+.fields th { position: sticky; top: 0; background: #fff; }
 .grid { display: flex; flex-wrap: wrap; gap: .5rem 2rem; }
 .chart { flex: 1 1 26rem; max-width: 34rem; margin: .5rem 0; }
 .chart svg { width: 100%; display: block; }
 .chart output { font-size: .85rem; color: #57606a; }
 figcaption { font-weight: 600; }
-svg text { font: 12px system-ui, sans-serif; fill: #24292f; }
+svg { fill: #24292f; font: 12px system-ui, sans-serif; }
 .alpha { display: inline-block; vertical-align: top; margin: .5rem 1rem .5rem 0; max-width: 100%; }
 .alpha svg { max-width: 100%; height: auto; }
-.bar { position: sticky; top: 0; background: #fff; padding: .5rem 0; z-index: 1;
-       border-bottom: 1px solid #d0d7de; }
+.bar { position: sticky; top: 0; max-height: 40vh; overflow: auto; z-index: 1;
+       padding: .5rem 0; background: #fff; border-bottom: 1px solid #d0d7de; }
 .bar label { display: inline-block; margin-right: 1.2rem; }
 .bar svg { width: 34px; height: 10px; margin: 0 .3rem; }
 .bar button { font: inherit; width: 5rem; }
 .bar input[type=range] { width: min(24rem, 50%); vertical-align: middle; margin: 0 1rem; }
 """
+# What the script fills.
+PLAYER = """<p>Softmax of alpha in percent: a row for each edge, a column for each operation.
+Framed are the operations of the cell that it stands for.</p>
+<div class="bar"><button type="button" id="play">Play</button><input type="range" id="epoch" min="0"
+aria-label="epoch"><output id="shown"></output></div>
+<div id="alphas"></div>"""
+SEEDS = '<details><summary>Of single seeds</summary><div class="grid" id="seeds"></div></details>'
 
 
 @dataclass(frozen=True)
@@ -76,21 +87,26 @@ def build(runs: Sequence[Run]) -> str:
     """
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs"
     cells = [page.cell_pictures(run.name, run.cells) for run in runs if run.cells is not None]
+    data = _data(runs)
     body = f"""<noscript><p>Curves and alphas are drawn by a script, which this browser does not
 run.</p></noscript>
 <p>Metrics are those of the last epoch. Seconds are those of all epochs, compilation left out.</p>
 <div class="wide">{page.table(*_table(runs))}</div>
 <h2>Configs</h2>
 {_configs(runs)}
+<section>
 <h2>Curves</h2>
 {_legend(runs)}
 <div class="grid" id="curves"></div>
-<details><summary>Of single seeds</summary><div class="grid" id="seeds"></div></details>
+{SEEDS if any(chart["place"] == "seeds" for chart in data["charts"]) else ""}
+</section>
 <h2>Cells</h2>
 {chr(10).join(cells) or "<p>No run has cells.</p>"}
+<section>
 <h2>Alphas over time</h2>
-{_player() if any(run.frames for run in runs) else "<p>No run has recorded alphas.</p>"}
-<script type="application/json" id="data">{_embedded(_data(runs))}</script>
+{PLAYER if any(run.frames for run in runs) else "<p>No run has recorded alphas.</p>"}
+</section>
+<script type="application/json" id="data">{_embedded(data)}</script>
 <script>
 {SCRIPT.read_text()}</script>"""
     return page.document(title, body, HEAD, STYLE)
@@ -113,11 +129,11 @@ def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
                 run.name,
                 experiment or "unknown",
                 preset or "unknown",
-                _text(run.fields.get("seed", MISSING)),
+                _text(run.fields.get("seed", NONE)),
                 f"{epochs} of {_text(planned)}" if planned is not None else f"{epochs}",
                 f"{sum(seconds):.1f}",
                 *([f"{len(run.lines.get('skip', ()))}"] if skipped else []),
-                *(f"{own[name][-1][1]:.4g}" if name in own else "-" for name in metrics),
+                *(f"{own[name][-1][1]:.4g}" if name in own else NONE for name in metrics),
             ]
         )
     return [*columns, *(["skipped steps"] if skipped else []), *metrics], rows
@@ -129,14 +145,14 @@ def _configs(runs: Sequence[Run]) -> str:
         return "<p>There is one run, and nothing to compare it with.</p>"
     rows = []
     for name in _union([run.fields for run in runs]):
-        values = [_text(run.fields.get(name, MISSING)) for run in runs]
+        values = [_text(run.fields.get(name, NONE)) for run in runs]
         # Cells are shown as pictures.
         if len(set(values)) > 1 and name not in CELLS:
             rows.append([name, *values])
     if not rows:
         return "<p>All runs have one config.</p>"
     columns = ["field", *(run.name for run in runs)]
-    return f'<p>Fields that differ.</p>\n<div class="wide">{page.table(columns, rows)}</div>'
+    return f'<p>Fields that differ.</p>\n<div class="wide fields">{page.table(columns, rows)}</div>'
 
 
 def _legend(runs: Sequence[Run]) -> str:
@@ -153,26 +169,24 @@ def _legend(runs: Sequence[Run]) -> str:
 <label><input type="checkbox" id="logarithmic">logarithmic</label></div>"""
 
 
-def _player() -> str:
-    """What the script fills with alphas, HTML."""
-    return """<p>Softmax of alpha in percent: a row for each edge, a column for each operation.
-Framed are the operations of the cell that it stands for.</p>
-<div class="bar"><button type="button" id="play">Play</button><input type="range" id="epoch" min="0"
-aria-label="epoch"><output id="shown"></output></div>
-<div id="alphas"></div>"""
-
-
 def _data(runs: Sequence[Run]) -> dict[str, Any]:
     """What the script draws."""
-    charts = []
-    for kind in ("epoch", "step"):
-        series = [run.series(kind) for run in runs]
-        for metric in _union(series):
-            curves = [
-                {"run": i, **_curve(own[metric])} for i, own in enumerate(series) if metric in own
-            ]
-            place = "seeds" if OF_SEED in metric else "curves"
-            charts.append({"metric": metric, "kind": kind, "place": place, "curves": curves})
+    series = {kind: [run.series(kind) for run in runs] for kind in ("epoch", "step")}
+    names = [(metric, kind) for kind, own in series.items() for metric in _union(own)]
+    names.sort(key=lambda name: name[0] in MEASURED)  # time and memory last
+    charts = [
+        {
+            "metric": metric,
+            "kind": kind,
+            "place": "seeds" if OF_SEED in metric else "curves",
+            "curves": [
+                {"run": i, **_curve(own[metric])}
+                for i, own in enumerate(series[kind])
+                if metric in own
+            ],
+        }
+        for metric, kind in names
+    ]
     styles = [page.line_style(i) for i in range(len(runs))]
     return {
         "runs": [
