@@ -168,16 +168,15 @@ function drawCell(parent, cell) {
       return [rect, text];
     });
   });
-  let [, highest] = range(cell.weights.flat(2), 0);
-  highest = Math.max(highest, 2.5 / cell.operations.length); // else what is all alike looks strong
+  const share = scale(range(cell.weights.flat(2), 0), 0, 1);
   return (frame) => {
     const kept = new Set(cell.kept[frame].map(String));
     boxes.forEach((row, edge) => row.forEach(([rect, text], operation) => {
       const weight = cell.weights[frame][edge][operation];
-      rect.setAttribute("fill", mix(weight / highest));
+      rect.setAttribute("fill", mix(share(weight)));
       rect.setAttribute("stroke", kept.has(`${edge},${operation}`) ? "#D55E00" : "none");
       text.textContent = (100 * weight).toFixed(1);
-      text.setAttribute("fill", weight / highest > 0.8 ? "#fff" : INK);
+      text.setAttribute("fill", share(weight) > 0.8 ? "#fff" : INK);
     }));
   };
 }

@@ -43,7 +43,7 @@ h2 { margin-top: 2.5rem; }
 td { max-width: 22rem; overflow-wrap: break-word; font-variant-numeric: tabular-nums; }
 td:first-child { white-space: nowrap; }
 .wide { overflow: auto; }
-.fields { max-height: 34rem; border: 1px solid #d0d7de; }
+.fields { width: fit-content; max-width: 100%; max-height: 34rem; border: 1px solid #d0d7de; }
 .fields th { position: sticky; top: 0; background: #fff; }
 .grid { display: flex; flex-wrap: wrap; gap: .5rem 2rem; }
 .chart { flex: 1 1 26rem; max-width: 34rem; margin: .5rem 0; }
@@ -62,7 +62,8 @@ svg { fill: #24292f; font: 12px system-ui, sans-serif; }
 """
 # What the script fills.
 PLAYER = """<p>Softmax of alpha in percent: a row for each edge, a column for each operation.
-Framed are the operations of the cell that it stands for.</p>
+White is the least weight that a cell has had at any epoch, blue the largest. Framed are the
+operations of the cell that alpha stands for.</p>
 <div class="bar"><button type="button" id="play">Play</button><input type="range" id="epoch" min="0"
 aria-label="epoch"><output id="shown"></output></div>
 <div id="alphas"></div>"""

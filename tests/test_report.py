@@ -17,9 +17,8 @@ from experiments import evaluate_rnn, recorded, report, search_cnn, search_rnn
 from experiments.errors import UserError
 from experiments.workdir import write_config
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 NASTY = "</script><script>alert('&amp;')</script><!--"
 
 
@@ -275,9 +274,7 @@ setTimeout(() => told("played", [labels(), document.getElementById("play").textC
 </script>"""
 
 
-@pytest.mark.skipif(
-    not BROWSER, reason="no chromium, chromium-browser or google-chrome is installed"
-)
+@pytest.mark.skipif(not BROWSER, reason=f"none of {', '.join(BROWSERS)} is installed")
 def test_in_a_browser(workdirs, tmp_path):
     file = tmp_path / "page.html"
     file.write_text(report.build(recorded.read_runs(workdirs)).replace("</body>", USER + "</body>"))
