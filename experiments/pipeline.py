@@ -21,12 +21,13 @@ import tyro
 from rich.table import Table
 
 from darts_jax import data
+from darts_jax.files import write_text
 from experiments import (
     command_line,
     distributed,
     evaluate_cnn,
     evaluation_config,
-    report,
+    pipeline_report,
     search_cnn,
 )
 from experiments.config import DataConfig
@@ -271,7 +272,7 @@ def run(argv: Sequence[str]) -> None:
         with command_line.user_errors():
             methods = compare(pipeline)
         with display.phase("writing the report"), writing(workdir):
-            page = report.page(
+            page = pipeline_report.page(
                 f"Cells on {config.data.name}",
                 COLUMNS,
                 rows(methods),
@@ -279,7 +280,7 @@ def run(argv: Sequence[str]) -> None:
                 {method.name: method.outcome.result.epochs for method in methods},
                 pipeline.commands,
             )
-            report.write(page, workdir / "report.html")
+            write_text(workdir / "report.html", page)
     display.console.print(summary(methods, config.seeds))
     display.console.print(f"written to {workdir}, report.html", soft_wrap=True, highlight=False)
     following = command_line.next_command(MODULE, argv, config.seed + 1)

@@ -17,8 +17,8 @@ from experiments import (
     command_line,
     evaluate_cnn,
     pipeline,
+    pipeline_report,
     random_search,
-    report,
     runner,
     search_cnn,
     selection,
@@ -120,7 +120,7 @@ def test_pipeline(stand_in, capsys):
 
 def test_page_holds_everything():
     lines = [{"epoch": epoch, "eval_accuracy": 1 - 0.5**epoch} for epoch in (1, 2, 3)]
-    text = report.page(
+    text = pipeline_report.page(
         "Cells <of> digits",
         ("cells", "error"),
         [("a & b", "1.0"), ("c", "2.0")],
