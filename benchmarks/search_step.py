@@ -64,8 +64,8 @@ class Config:
                 yield Case(size, implementation, estimator)
 
 
-def jax_iteration(case: Case) -> Callable[[], Any]:
-    """A function that takes the next step of a search in JAX, and waits for it."""
+def jax_search(case: Case) -> tuple[Callable, Any, Any, Any]:
+    """A search in JAX: its step, the state before the first one, and two batches."""
     import jax
     import numpy as np
     import optax
@@ -96,6 +96,14 @@ def jax_iteration(case: Case) -> Callable[[], Any]:
         )
         for _ in range(2)
     )
+    return step, state, train, val
+
+
+def jax_iteration(case: Case) -> Callable[[], Any]:
+    """A function that takes the next step of a search in JAX, and waits for it."""
+    import jax
+
+    step, state, train, val = jax_search(case)
 
     def iterate():
         nonlocal state
