@@ -121,8 +121,8 @@ def writing(workdir: Path, kind: type[OSError] = OSError) -> Iterator[None]:
         yield
     except kind as error:
         raise UserError(
-            f"cannot write to {workdir} ({error}); make room there, or give another --workdir. What"
-            " was saved before is kept"
+            f"cannot write to {workdir} ({error}); make room there or allow it, or give"
+            " another --workdir. What was saved before is kept"
         ) from error
 
 

@@ -187,3 +187,43 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     with pytest.raises(UserError, match="cannot be read .*give another --workdir"):
         with workdirs.opened(tmp_path / "file" / "run", Config()):
             pass
+
+
+READ_ONLY = """
+mount -t tmpfs tmpfs "$0" && mkdir "$0/run" && mount -o remount,ro "$0" || exit 77
+exec "$1" -c '
+import sys
+from pathlib import Path
+from stand_in import Config
+from experiments import workdir as workdirs
+from experiments.errors import UserError
+for name in ("new", "run"):
+    try:
+        with workdirs.opened(Path(sys.argv[1]) / name, Config()):
+            sys.exit(1)
+    except UserError as error:
+        print(error)
+' "$0"
+"""
+
+
+def test_a_read_only_file_system(tmp_path):
+    """In a mount of its own, where the system lets a user make one."""
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", READ_ONLY]
+    try:
+        done = subprocess.run(
+            [*command, tmp_path, sys.executable],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:
+        pytest.skip("no unshare")
+    if done.returncode == 77 or done.stderr.startswith("unshare"):
+        pytest.skip(f"no mounts here: {done.stderr}")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    for name, line in zip(("new", "run"), lines, strict=True):
+        assert line.startswith(f"cannot write to {tmp_path / name} (")
+        assert "Read-only file system" in line
