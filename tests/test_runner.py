@@ -445,9 +445,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, full_disk, who
             if epoch == 2:
                 full_disk(size)
 
-        with pytest.raises(
-            UserError, match=f"cannot write to {workdir} .* make room there"
-        ):
+        with pytest.raises(UserError, match=f"cannot write to {workdir} .* make room there"):
             run(workdir, epochs=3, on_epoch=fill)
         full_disk(None)
         result, _ = run(workdir, epochs=3)
