@@ -21,7 +21,7 @@ from rich import box, print
 from rich.table import Table
 
 from benchmarks.processes import LIBRARY, Case
-from benchmarks.search_step import SizeName, jax_search
+from benchmarks.search_step import jax_search
 from darts_jax import checkpoint
 
 
@@ -29,7 +29,7 @@ from darts_jax import checkpoint
 class Config:
     """Times what a checkpoint costs the search that goes on while it is written."""
 
-    sizes: tuple[SizeName, ...] = ("S", "L")
+    sizes: tuple[str, ...] = ("S", "L")
     """As those of `benchmarks.search_step`."""
     rounds: int = 5
     """Windows of each kind."""
@@ -54,7 +54,7 @@ class Cost(NamedTuple):
     size: int
 
 
-def measure(size: SizeName, config: Config, directory: Path) -> Cost:
+def measure(size: str, config: Config, directory: Path) -> Cost:
     """The cost at one size, of checkpoints in a folder."""
     step, state, train, val = jax_search(Case(size, LIBRARY, "first_order"))
     state, _ = jax.block_until_ready(step(state, train, val))  # compiles

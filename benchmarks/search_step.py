@@ -2,12 +2,15 @@
 
     python -m benchmarks.search_step
     python -m benchmarks.search_step --sizes S --estimators unrolled --against torch --repeats 1
+    python -m benchmarks.search_step --sizes C4-L4-B16 C8-L4-B16 --against
 
 The rivals are the same network written the ordinary way in JAX, and in PyTorch where that is
 installed.
 """
 
 import itertools
+import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +27,6 @@ IMAGE_SHAPE = (32, 32, 3)
 
 Estimator = Literal["first_order", "unrolled", "finite_difference"]
 Rival = Literal["ordinary", "torch"]
-SizeName = Literal["S", "M", "L"]
 
 
 class Size(NamedTuple):
@@ -38,12 +40,29 @@ class Size(NamedTuple):
 SIZES: dict[str, Size] = {"S": Size(4, 4, 16), "M": Size(8, 5, 32), "L": Size(16, 8, 8)}
 
 
+def size_of(name: str) -> Size:
+    """The size of a name, as S, or C8-L4-B16.
+
+    Raises:
+      ValueError: if it is neither.
+    """
+    if name in SIZES:
+        return SIZES[name]
+    found = re.fullmatch(r"C([1-9]\d*)-L([1-9]\d*)-B([1-9]\d*)", name)
+    if not found:
+        raise ValueError(
+            f"--sizes {name}: give {', '.join(SIZES)}, or channels, layers and batch as C8-L4-B16"
+        )
+    return Size(*map(int, found.groups()))
+
+
 @dataclass(frozen=True)
 class Config:
     """Times one iteration of the search beside its rivals."""
 
-    sizes: tuple[SizeName, ...] = ("S", "M", "L")
-    """S: 4 channels, 4 layers, batch 16; M: 8, 5, 32; L: 16, 8, 8; images of 32x32x3."""
+    sizes: tuple[str, ...] = ("S", "M", "L")
+    """S is 4 channels, 4 layers, batch 16, or C4-L4-B16; M is C8-L5-B32, L is C16-L8-B8. Images are
+    32x32x3."""
     estimators: tuple[Estimator, ...] = ("first_order", "unrolled", "finite_difference")
     """Hypergradient estimators. PyTorch has no unrolled one."""
     against: tuple[Rival, ...] = ("ordinary", "torch")
@@ -73,7 +92,7 @@ def jax_search(case: Case) -> tuple[Callable, Any, Any, Any]:
     from benchmarks import ordinary
     from darts_jax import hypergradient, networks, search
 
-    size = SIZES[case.size]
+    size = size_of(case.size)
     module = networks if case.implementation == LIBRARY else ordinary
     network = module.Supernet(size.channels, size.layers, NUM_CLASSES)
     sgd = optax.chain(optax.add_decayed_weights(3e-4), optax.sgd(0.025, momentum=0.9))
@@ -119,7 +138,7 @@ def torch_iteration(case: Case) -> Callable[[], Any]:
 
     from benchmarks import torch_reference
 
-    size = SIZES[case.size]
+    size = size_of(case.size)
     torch.manual_seed(0)
     network = torch_reference.Supernet(size.channels, size.layers, NUM_CLASSES)
     step = torch_reference.make_step(network, case.estimator == "finite_difference")
@@ -168,7 +187,10 @@ def make_iteration(case: Case) -> Callable[[], Any]:
 
 def main(config: Config) -> None:
     """Measure size after size; the file is complete for the sizes that are done."""
-    sizes = {name: SIZES[name]._asdict() for name in config.sizes}
+    try:
+        sizes = {name: size_of(name)._asdict() for name in config.sizes}
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     report(make_iteration, sizes, config.cases, config, table)
 
 

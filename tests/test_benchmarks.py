@@ -201,3 +201,10 @@ def test_recurrent_iterations(size, monkeypatch):
 def test_evaluation_step():
     case = processes.Case("3", "darts_jax", "none")
     assert np.isfinite(float(evaluation_step.make_iteration(2, 2, case)()))
+
+
+def test_sizes_by_name():
+    assert search_step.size_of("M") == search_step.size_of("C8-L5-B32") == (8, 5, 32)
+    for name in ("s", "C8", "C0-L4-B16", "C8-L4-B16-"):
+        with pytest.raises(ValueError, match=f"--sizes {name}: give S, M, L, or channels"):
+            search_step.size_of(name)
