@@ -19,7 +19,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +116,10 @@ class Log:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with writing(self._workdir):
-            self._file.close()
+        with writing(self._workdir), ExitStack() as stack:  # each, even if another one fails
+            stack.callback(self._file.close)
             for sink in self._sinks:
-                sink.close()
+                stack.callback(sink.close)
 
 
 def _arrays(name: str, alpha: Any) -> list[tuple[str, np.ndarray]]:

@@ -1,3 +1,4 @@
+import gc
 import io
 import json
 import re
@@ -447,6 +448,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, full_disk, who
 
         with pytest.raises(UserError, match=f"cannot write to {workdir} .* make room there"):
             run(workdir, epochs=3, on_epoch=fill)
+        gc.collect()  # a file that was left open would be a warning here
         full_disk(None)
         result, _ = run(workdir, epochs=3)
         assert_same_run(workdir, result.state, *whole)
