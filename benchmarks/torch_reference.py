@@ -20,42 +20,25 @@ Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Batch], Tensor]
 
 
-def _norm(channels: int) -> nn.Module:
-    return nn.BatchNorm2d(channels, affine=False)
-
-
-def _pointwise(inputs: int, outputs: int) -> nn.Module:
+def pointwise(inputs: int, outputs: int) -> nn.Module:
+    """A 1x1 convolution."""
     return nn.Conv2d(inputs, outputs, 1, bias=False)
 
 
-def _half_sep_conv(channels: int, size: int, stride: int, padding: int, dilation: int = 1):
-    depthwise = nn.Conv2d(
-        channels, channels, size, stride, padding, dilation, groups=channels, bias=False
-    )
-    return [nn.ReLU(), depthwise, _pointwise(channels, channels), _norm(channels)]
-
-
-def _sep_conv(channels: int, size: int, stride: int) -> nn.Module:
-    first = _half_sep_conv(channels, size, stride, size // 2)
-    return nn.Sequential(*first, *_half_sep_conv(channels, size, 1, size // 2))
-
-
-def _dil_conv(channels: int, size: int, stride: int) -> nn.Module:
-    return nn.Sequential(*_half_sep_conv(channels, size, stride, size - 1, dilation=2))
-
-
-def _relu_conv_norm(inputs: int, outputs: int) -> nn.Module:
-    return nn.Sequential(nn.ReLU(), _pointwise(inputs, outputs), _norm(outputs))
+def relu_conv_norm(inputs: int, outputs: int, affine: bool = False) -> nn.Module:
+    """ReLU, 1x1 convolution, batch norm."""
+    norm = nn.BatchNorm2d(outputs, affine=affine)
+    return nn.Sequential(nn.ReLU(), pointwise(inputs, outputs), norm)
 
 
 class FactorizedReduce(nn.Module):
     """ReLU, half the channels from the even pixels and half from the odd ones, batch norm."""
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, inputs: int, outputs: int, affine: bool = False):
         super().__init__()
         self.conv_1 = nn.Conv2d(inputs, outputs // 2, 1, 2, bias=False)
         self.conv_2 = nn.Conv2d(inputs, outputs - outputs // 2, 1, 2, bias=False)
-        self.norm = _norm(outputs)
+        self.norm = nn.BatchNorm2d(outputs, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, outputs, H / 2, W / 2]."""
@@ -63,17 +46,47 @@ class FactorizedReduce(nn.Module):
         return self.norm(torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], 1))
 
 
-OPERATIONS = {  # "none" is zero
-    "max_pool_3x3": lambda c, s: nn.Sequential(nn.MaxPool2d(3, s, 1), _norm(c)),
-    "avg_pool_3x3": lambda c, s: nn.Sequential(
-        nn.AvgPool2d(3, s, 1, count_include_pad=False), _norm(c)
-    ),
-    "skip_connect": lambda c, s: nn.Identity() if s == 1 else FactorizedReduce(c, c),
-    "sep_conv_3x3": lambda c, s: _sep_conv(c, 3, s),
-    "sep_conv_5x5": lambda c, s: _sep_conv(c, 5, s),
-    "dil_conv_3x3": lambda c, s: _dil_conv(c, 3, s),
-    "dil_conv_5x5": lambda c, s: _dil_conv(c, 5, s),
-}
+def operations(affine: bool) -> dict[str, Callable[[int, int], nn.Module]]:
+    """name -> (channels, stride) -> module: of relaxed cells or, where affine, of discrete ones.
+
+    "none" is zero. In discrete cells pooling has no batch norm.
+    """
+
+    def half_sep_conv(channels, size, stride, padding, dilation=1):
+        depthwise = nn.Conv2d(
+            channels, channels, size, stride, padding, dilation, groups=channels, bias=False
+        )
+        norm = nn.BatchNorm2d(channels, affine=affine)
+        return [nn.ReLU(), depthwise, pointwise(channels, channels), norm]
+
+    def sep_conv(size):
+        def make(channels, stride):
+            first = half_sep_conv(channels, size, stride, size // 2)
+            return nn.Sequential(*first, *half_sep_conv(channels, size, 1, size // 2))
+
+        return make
+
+    def dil_conv(size):
+        return lambda c, s: nn.Sequential(*half_sep_conv(c, size, s, size - 1, dilation=2))
+
+    def pooling(make):
+        def normalized(channels, stride):
+            return nn.Sequential(make(stride), nn.BatchNorm2d(channels, affine=False))
+
+        return (lambda c, s: make(s)) if affine else normalized
+
+    return {
+        "max_pool_3x3": pooling(lambda s: nn.MaxPool2d(3, s, 1)),
+        "avg_pool_3x3": pooling(lambda s: nn.AvgPool2d(3, s, 1, count_include_pad=False)),
+        "skip_connect": lambda c, s: nn.Identity() if s == 1 else FactorizedReduce(c, c, affine),
+        "sep_conv_3x3": sep_conv(3),
+        "sep_conv_5x5": sep_conv(5),
+        "dil_conv_3x3": dil_conv(3),
+        "dil_conv_5x5": dil_conv(5),
+    }
+
+
+OPERATIONS = operations(affine=False)
 COLUMNS = [CNN_PRIMITIVES.index(name) for name in OPERATIONS]
 
 
@@ -82,9 +95,9 @@ class Cell(nn.Module):
 
     def __init__(self, older: int, newer: int, channels: int, reduction: bool, before: bool):
         super().__init__()
-        preprocess = FactorizedReduce if before else _relu_conv_norm
+        preprocess = FactorizedReduce if before else relu_conv_norm
         self.preprocess_0 = preprocess(older, channels)
-        self.preprocess_1 = _relu_conv_norm(newer, channels)
+        self.preprocess_1 = relu_conv_norm(newer, channels)
         self.edges = nn.ModuleList(
             nn.ModuleList(
                 make(channels, 2 if reduction and i < 2 else 1) for make in OPERATIONS.values()

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import evaluation_step, ordinary, processes, rnn_step, search_step
 from darts_jax import language_model, networks, recurrent, relaxation, search
-from darts_jax.genotype import PUBLISHED_RECURRENT
+from darts_jax.genotype import PUBLISHED, PUBLISHED_RECURRENT
 
 COUNTS = ["C4_L5", "C4_L6", "C8_L8", "C16_L8"]
 
@@ -145,6 +145,39 @@ def test_torch_takes_the_originals_steps(trajectory, oracle, unpack, torch_refer
             np.testing.assert_allclose(
                 alpha.detach(), recorded[f"{prefix}/alpha_{name}_{i}"], rtol=1e-6
             )
+
+
+def test_torch_has_the_originals_evaluation_network(oracle, unpack, torch_reference):
+    from torch import as_tensor, no_grad
+
+    from benchmarks import torch_evaluation
+
+    recorded = oracle("eval_cnn.npz")
+    sizes = (int(recorded[f"cfg/{name}"]) for name in ("C", "layers", "num_classes"))
+    cells = PUBLISHED[str(recorded["cfg/genotype"])]
+    network = torch_evaluation.Network(cells, *sizes)
+    with no_grad():
+        for parameter, value in zip(
+            network.parameters(), unpack(recorded, "w").values(), strict=True
+        ):
+            parameter.copy_(as_tensor(value))
+    x, y = as_tensor(recorded["x"].astype(np.float64)), as_tensor(recorded["y"])
+    main, auxiliary = network(x, 0.0)
+    np.testing.assert_allclose(main.detach(), recorded["out/train/logits"], rtol=1e-9)
+    np.testing.assert_allclose(auxiliary.detach(), recorded["out/train/logits_aux"], rtol=1e-9)
+    step = torch_evaluation.make_step(network, learning_rate=0.025, drop=0.0)
+    np.testing.assert_allclose(step((x, y)), recorded["out/train/loss_total"], rtol=1e-9)
+    assert step((x, y)) < recorded["out/train/loss_total"]
+
+
+def test_torch_drops_paths(torch_reference):
+    from torch import ones
+
+    from benchmarks import torch_evaluation
+
+    y = torch_evaluation.drop_path(ones(1000, 2, 1, 1), 0.2)[:, :, 0, 0]
+    assert set(y.unique().tolist()) == {0.0, 1.25}
+    assert abs(y[:, 0].mean() - 1) < 0.1 and (y[:, 0] == y[:, 1]).all()
 
 
 @pytest.mark.parametrize("relaxed", [True, False], ids=["relaxed", "discrete"])
