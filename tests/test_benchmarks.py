@@ -167,7 +167,7 @@ def test_torch_has_the_originals_evaluation_network(oracle, unpack, torch_refere
     np.testing.assert_allclose(auxiliary.detach(), recorded["out/train/logits_aux"], rtol=1e-9)
     step = torch_evaluation.make_step(network, learning_rate=0.025, drop=0.0)
     np.testing.assert_allclose(step((x, y)), recorded["out/train/loss_total"], rtol=1e-9)
-    assert step((x, y)) < recorded["out/train/loss_total"]
+    assert float(step((x, y))) < recorded["out/train/loss_total"]
 
 
 def test_torch_drops_paths(torch_reference):
