@@ -1,4 +1,4 @@
-"""Sweeps of an experiment that takes a moment: here, by submitit, by a Slurm that is faked, by Ray."""
+"""Sweeps of an experiment that takes a moment: here, by submitit, a faked Slurm, and Ray."""
 
 import csv
 import dataclasses
@@ -164,7 +164,7 @@ def test_every_experiment_can_be_swept(name, tmp_path):
 
 
 def test_folder_names():
-    name = partial(sweep.folder_name)
+    name = sweep.folder_name
     assert name({"a.b": "unrolled", "seed": "0"}) == "a.b=unrolled,seed=0"
     assert name({"a": "-1e-3", "seed": "0"}) == "a=-1e-3,seed=0"
     paths = [
