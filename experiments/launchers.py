@@ -296,10 +296,12 @@ def _of_job(job: Any) -> Ended:
     """How a job's run ended; where Slurm ended it, what Slurm says."""
     from submitit.core.utils import UncompletedJobError
 
-    try:
-        return job.result()
-    except UncompletedJobError:
-        return Ended(None, None, f"Slurm: job {job.job_id} {job.state}, see {job.paths.stderr}")
+    paths = job.paths
+    # A result may be seen later than the end of its job; none comes from one that never began.
+    if paths.result_pickle.exists() or paths.stdout.exists():
+        with suppress(UncompletedJobError):
+            return job.result()
+    return Ended(None, None, f"Slurm: job {job.job_id} {job.state}, see {paths.stderr}")
 
 
 def _read_jobs(folder: Path) -> dict[str, Any]:

@@ -209,11 +209,15 @@ def test_each_run_has_its_gpus(start, monkeypatch, capsys):
 
 
 def tell(signum, *ready, times=1):
-    """Sends signals to this process once some runs are ready."""
+    """Sends signals to this process once a sweep takes them, and some runs are ready."""
+    handler = signal.getsignal(signum)
+
+    def waiting():
+        return signal.getsignal(signum) is handler or not all(path.exists() for path in ready)
 
     def work():
         deadline = time.monotonic() + fake_experiment.FOREVER
-        while not all(path.exists() for path in ready) and time.monotonic() < deadline:
+        while waiting() and time.monotonic() < deadline:
             time.sleep(0.02)
         for _ in range(times):
             os.kill(os.getpid(), signum)
@@ -272,8 +276,16 @@ while [ "$1" != {python} ]; do shift; done
 echo $$ > {folder}/$SLURM_ARRAY_TASK_ID
 exec "$@"
 """,
-    "sacct": "echo 'JobID|State|NodeList'; for i in 0 1; do echo \"7_$i|RUNNING|here\"; done",
-    "scancel": "pkill -TERM -P $(cat {folder}/${{1#7_}})",
+    "sacct": """
+echo 'JobID|State|NodeList'
+for i in 0 1; do
+    echo "7_$i|$(if [ -e {folder}/cancelled_$i ]; then echo CANCELLED; else echo RUNNING; fi)|here"
+done
+""",
+    "scancel": """
+touch {folder}/cancelled_${{1#7_}}
+pkill -TERM -P $(cat {folder}/${{1#7_}})
+""",
     "scontrol": 'echo "$@" >> {folder}/requeued',
 }
 
@@ -281,7 +293,8 @@ exec "$@"
 @pytest.fixture
 def slurm(monkeypatch, tmp_path):
     """A folder for what a faked Slurm is told."""
-    pytest.importorskip("submitit")
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr(submitit.SlurmJob, "_results_timeout_s", 3)
     folder = tmp_path / "slurm"
     folder.mkdir()
     for name, text in SLURM.items():
