@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -353,7 +354,10 @@ def _ray() -> ModuleType:
 
     handler = signal.getsignal(signal.SIGTERM)  # which Ray replaces
     try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        with warnings.catch_warnings():
+            # Processes that Ray starts use nothing of JAX, which checking the runs has set up.
+            warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
         text = " ".join(str(error).split())
         raise UserError(f"Ray does not start ({text}); see RAY_ADDRESS") from error
