@@ -1,7 +1,8 @@
 """What every experiment shares at the shell: presets, one-line errors, exit codes, the cache.
 
 Exit codes: 0 done; 2 bad input; 3 a metric or a weight is not finite; 4 another process of the run
-is lost; 130 (SIGINT, Ctrl-C) and 143 (SIGTERM) stopped, to be resumed.
+is lost; 5 a run of a sweep has failed; 130 (SIGINT, Ctrl-C) and 143 (SIGTERM) stopped, to be
+resumed.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ import tyro
 from darts_jax.data import quiet_absl
 from darts_jax.genotype import nearest
 from experiments import distributed
-from experiments.errors import Finished, Interrupted, NonFinite, UserError
+from experiments.errors import Finished, Interrupted, NonFinite, RunsFailed, UserError
 
 Config = TypeVar("Config")
 
@@ -43,6 +44,8 @@ def guard(module: str, main: Callable[[Sequence[str]], None], argv: Sequence[str
         return distributed.leave(_fail(error, 2))
     except NonFinite as error:
         return _fail(error, 3)
+    except RunsFailed as error:
+        return _fail(f"{error}; to try them again: {resume}", 5)
     except Interrupted as error:
         code = _fail(f"{error}; to go on: {resume}", 128 + error.signum)
         if any(thread.name == COMPILER for thread in threading.enumerate()):

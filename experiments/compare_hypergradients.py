@@ -131,6 +131,7 @@ def check(config: Config) -> None:
     )
     command_line.check_seed(config.seed, config.num_seeds)
     check_problem(config.problem)
+    methods(config.estimators, settings)  # which raises it for a name that it does not know
 
 
 class Comparison(NamedTuple):
@@ -267,7 +268,6 @@ def run(argv: Sequence[str]) -> None:
     with command_line.user_errors():
         preset, config = command_line.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
         check(config)
-        methods(config.estimators, config.settings)
     workdir = config.workdir or Path("runs") / f"compare_hypergradients-{preset}-seed{config.seed}"
     command_line.enable_compilation_cache()
     with opened(workdir, config) as workdir, Display() as display:
