@@ -199,6 +199,7 @@ LINE = '{"kind": "epoch", "step": 4, "epoch": 2'
         ("config.json", '{"seed": 0,\n', "config.json, line 2: cannot be read"),
         ("config.json", "[1]", "config.json: cannot be read (not an object)"),
         ("config.json", '{"a":' * 5000, "config.json: cannot be read"),
+        ("config.json", '{"seed": NaN}', "config.json: cannot be read (NaN is no number of JSON)"),
         ("config.json", "\udcff", "config.json: cannot be read ('utf-8' codec"),
         ("metrics.jsonl", "", "metrics.jsonl has no line yet"),
         ("metrics.jsonl", LINE, "metrics.jsonl has no line yet"),
@@ -216,6 +217,7 @@ LINE = '{"kind": "epoch", "step": 4, "epoch": 2'
             "line 2: cannot be read (alpha has another shape",
         ),
         ("genotype.json", "{}", "genotype.json: cannot be read (field 'normal' is missing"),
+        ("genotype.json", "[1]", "genotype.json: cannot be read (not an object)"),
         ("genotype.json", '{"recurrent": 1}', "(field 'concat' is missing"),
     ],
 )
