@@ -229,7 +229,10 @@ def consecutive(text: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 def unigram_perplexity(corpus: Corpus, split: str = "test") -> float:
-    """Perplexity of the words' frequencies in the training text, each count one larger."""
+    """Perplexity of the words' frequencies in the training text, each count one larger.
+
+    `<unk>` counts as a word like any other.
+    """
     text = getattr(corpus, split)
     return float(np.exp(-np.log(_unigram(corpus)[text[1:]]).mean()))
 
@@ -237,7 +240,8 @@ def unigram_perplexity(corpus: Corpus, split: str = "test") -> float:
 def bigram_perplexity(corpus: Corpus, split: str = "test") -> float:
     """Perplexity of frequencies of pairs in the training text, mixed with those of single words.
 
-    The weight is the one of 19 that suits the validation text best.
+    The weight is the one of 19 that suits the validation text best. `<unk>` counts as a word like
+    any other.
     """
 
     def probabilities(split: str, weight: float) -> np.ndarray:
@@ -263,7 +267,12 @@ def _unigram(corpus: Corpus) -> np.ndarray:
 
 
 def bits_per_character(nats_per_token: float, corpus: Corpus, split: str) -> float:
-    """Cross-entropy of a part of the text in bits per character of it, end marks counted as one."""
+    """Cross-entropy of a part of the text in bits per character of it, end marks counted as one.
+
+    `<unk>` is predicted as one word, whichever word it stands for, while the characters are those
+    of the word that the text has there: its spelling costs nothing. Not to be compared with models
+    of characters, nor between vocabularies.
+    """
     tokens = len(getattr(corpus, split))
     return nats_per_token * tokens / corpus.characters[split] / float(np.log(2))
 

@@ -13,9 +13,10 @@ class DataConfig:
     """Images, and what is done to them."""
 
     name: str
-    """Dataset: digits, mnist5k, cifar10, cifar100, fashion_mnist or svhn_cropped."""
+    """Dataset: digits, mnist5k, cifar10, cifar100, fashion_mnist, svhn_cropped; or imagenet2012,
+    which evaluate_cnn alone can read."""
     path: str | None = None
-    """Folder of TensorFlow Datasets, for the last four; None for its default."""
+    """Folder of TensorFlow Datasets, for the last five; None for its default."""
     limit: int | None = None
     """Use this many training and test images only, the first ones; None for all."""
     crop: int = 4

@@ -27,7 +27,7 @@ from darts_jax.evaluation import EvaluationNetwork, count_parameters, multiply_a
 from experiments import command_line, devices, images, runner
 from experiments.config import check_groups, check_w, w_optimizer, w_schedule
 from experiments.evaluation_config import PRESETS, Config
-from experiments.memory import peak_memory
+from experiments.memory import enough_memory, peak_memory
 from experiments.metrics import Display
 from experiments.run_config import check_run, prepare
 from experiments.sources import newest_search, saved_genotype
@@ -81,6 +81,7 @@ def make_job(config: Config, dataset: images.ImageData) -> runner.Job:
     """
     train_config = config.train
     seeds = range(config.seed, config.seed + config.seeds)
+    over_seeds = partial(jax.lax.map, batch_size=config.seeds_at_once or 0)  # 0 for all
     feed = images.make_feed(config, dataset)
     steps_per_epoch = feed.steps_per_epoch
     if steps_per_epoch % train_config.accumulate:
@@ -111,7 +112,8 @@ def make_job(config: Config, dataset: images.ImageData) -> runner.Job:
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(states, data, items):
-        def one(state, item):
+        def one(pair):
+            state, item = pair
             drop_path = None
             if train_config.drop_path:
                 epoch = state.step // steps_per_epoch
@@ -120,14 +122,14 @@ def make_job(config: Config, dataset: images.ImageData) -> runner.Job:
             key, _ = jax.random.split(jax.random.fold_in(state.key, state.step))
             return step(state, feed.train_batch(key, data, item), drop_path)
 
-        states, metrics = jax.vmap(one)(states, items)
+        states, metrics = over_seeds(one, (states, items))
         means = jax.tree.map(jnp.mean, metrics)
         return states, means._replace(nonfinite=metrics.nonfinite.max())
 
     @jax.jit
     def eval_step(states, data, item):
         plain, mask = feed.eval_batch(data, item)
-        sums = jax.vmap(lambda state: evaluate(state, plain, mask))(states)
+        sums = over_seeds(lambda state: evaluate(state, plain, mask), states)
         named = {f"eval_{name}": values for name, values in sums._asdict().items()}
         means = {name: values.mean() for name, values in named.items()}
         for name in ("eval_accuracy", "eval_top5_accuracy"):
@@ -156,7 +158,8 @@ def train(config: Config, dataset: images.ImageData, workdir: Path, display: Dis
     """Trains the cells of a config, whose `cells` are set, and saves the networks."""
     with command_line.user_errors():
         job = make_job(config, dataset)
-    result = runner.run(job, config, workdir, display)
+    with enough_memory(remedy(config)):
+        result = runner.run(job, config, workdir, display)
     network = evaluation_network(config, dataset.num_classes)
     shape = dataset.image_shape
     with display.phase("saving the network"), writing(workdir):
@@ -177,6 +180,13 @@ def train(config: Config, dataset: images.ImageData, workdir: Path, display: Dis
         multiply_adds(network, shape),
         result,
     )
+
+
+def remedy(config: Config) -> str:
+    """What to do where the memory is not enough."""
+    if (at_once := min(config.seeds_at_once or config.seeds, config.seeds)) > 1:
+        return f"go on with --seeds-at-once {at_once // 2}"
+    return "give --train.remat, or a smaller --train.batch-size with --train.accumulate"
 
 
 def percent(shares: np.ndarray) -> str:
@@ -227,6 +237,8 @@ def check(config: Config) -> None:
     command_line.check_positive(("train.portion", train_config.portion))
     if train_config.portion > 1:
         raise ValueError(f"--train.portion is {train_config.portion}; give 1 at most")
+    if config.seeds_at_once is not None:
+        command_line.check_at_least(("seeds-at-once", config.seeds_at_once, 1))
     check_groups(config.network.batch_norm_groups, train_config.batch_size)
     check_w(train_config.w, "train.w")
     command_line.check_below_one(

@@ -82,6 +82,8 @@ class Config:
     stream: StreamConfig = field(default_factory=StreamConfig)
     seeds: int = 1
     """Networks to train side by side: by this seed and those that follow it."""
+    seeds_at_once: int | None = None
+    """Of these networks, how many to compute at a time, to save memory; None for all."""
     seed: int = 0
     """Of everything random: parameters, order of the images, augmentation, drop path."""
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)

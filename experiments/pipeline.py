@@ -72,6 +72,8 @@ class Config:
     """The other images choose the best cells."""
     seeds: int = 3
     """Networks of the chosen cells to train side by side."""
+    seeds_at_once: int | None = None
+    """Of these networks, how many to compute at a time, to save memory; None for all."""
     seed: int = 0
     """Of everything random."""
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
@@ -150,6 +152,7 @@ def train_config(config: Config) -> evaluate_cnn.Config:
         network=config.network,
         train=config.train,
         seeds=config.seeds,
+        seeds_at_once=config.seeds_at_once,
         seed=config.seed,
         run=config.run,
     )

@@ -46,6 +46,8 @@ class Config:
     """The other images choose the best cells."""
     seeds: int = 1
     """Networks of the best cells to train side by side."""
+    seeds_at_once: int | None = None
+    """Of these networks, how many to compute at a time, to save memory; None for all."""
     seed: int = 0
     """Of everything random, the cells included."""
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
@@ -83,6 +85,7 @@ def full_config(config: Config, source: str) -> evaluate_cnn.Config:
         network=config.network,
         train=config.train,
         seeds=config.seeds,
+        seeds_at_once=config.seeds_at_once,
         seed=config.seed,
         run=config.run,
     )

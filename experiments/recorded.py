@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from darts_jax import genotype
+from darts_jax.files import read_json
 from experiments import evaluate_cnn, evaluate_rnn, search_cnn, search_rnn
 from experiments.errors import UserError
 from experiments.metrics import METRICS
@@ -123,13 +124,10 @@ def _read(workdir: Path, name: str) -> Run:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        saved = json.loads(path.read_bytes())
-        if not isinstance(saved, dict):
-            raise ValueError("not an object")
-        return flatten(saved)
+        return flatten(read_json(path))
     except json.JSONDecodeError as error:
         raise _damaged(f"{path}, line {error.lineno}", error) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise _damaged(path, error) from error
 
 
@@ -200,10 +198,9 @@ def _shapes(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
 def _read_cells(path: Path) -> genotype.AnyGenotype:
     """The genotype in a file, of either kind."""
     try:
-        fields = json.loads(path.read_bytes())
-        recurrent = isinstance(fields, dict) and "recurrent" in fields
-        return genotype.load(path, kind=genotype.RNN if recurrent else genotype.CNN)
-    except (OSError, ValueError, RecursionError) as error:
+        kind = genotype.RNN if "recurrent" in read_json(path) else genotype.CNN
+        return genotype.load(path, kind=kind)
+    except (OSError, ValueError) as error:
         raise _damaged(path, error) from error
 
 

@@ -84,7 +84,7 @@ class Recurrence(NamedTuple):
 
 
 def perplexity(loss: float) -> float:
-    """Of a cross-entropy in nats; infinity where it has no float."""
+    """Of a cross-entropy in nats a word, `<unk>` counted as one; infinity where it has no float."""
     return math.exp(loss) if loss < MAX_LOSS else math.inf
 
 

@@ -22,7 +22,8 @@ from experiments.errors import UserError
 CONFIG = "config.json"  # files of a workdir
 LOCK = ".lock"
 APART = ("workdir", "run")  # fields that are no part of what is computed
-ALWAYS = ("data.path", "stream.workers")  # fields that may change: where from, not what
+SOURCES = ("data.path", "stream.workers")  # fields that say where from, not what
+ALWAYS = (*SOURCES, "seeds_at_once")  # fields that may change
 GROWING = ("search.epochs", "train.epochs")  # fields that may grow
 MISSING = "missing"
 MAX_SHOWN, MAX_CHARACTERS = 10, 100  # of fields that differ, and of each value
@@ -225,8 +226,8 @@ def _fork(source: Path, target: Path, config: Any) -> None:
 
 
 def computed(config: Any) -> dict[str, Any]:
-    """The fields that decide what is computed, flat."""
-    return {name: v for name, v in flatten(_fields(config)).items() if name not in ALWAYS}
+    """The fields that decide what is computed, flat, and in which program."""
+    return {name: v for name, v in flatten(_fields(config)).items() if name not in SOURCES}
 
 
 def _fields(config: Any) -> dict[str, Any]:

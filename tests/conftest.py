@@ -32,6 +32,7 @@ LONGEST = (
     "test_networks",
     "test_evaluate_cnn",
     "test_recurrent",
+    "test_recurrent_hypergradient",
     "test_evaluation",
     "test_search",
     "test_hypergradient",

@@ -1,6 +1,7 @@
 """Training of found cells from the command line."""
 
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,8 @@ from darts_jax import data, genotype, prediction, training
 from experiments import evaluate_cnn
 from experiments.config import DataConfig
 from experiments.evaluation_config import PRESETS, Config, NetworkConfig, TrainConfig
+
+REASON = "RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.\nAllocator (GPU_0_bfc)"
 
 
 @pytest.fixture
@@ -141,6 +144,45 @@ def test_a_seed_is_the_same_alone_and_beside_others(cells):
     leaves = (jax.tree.leaves(trained.variables) for trained in pair)
     for both, alone in zip(*leaves, strict=True):
         np.testing.assert_allclose(both, alone, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_seeds_in_parts_are_those_all_at_once(cells, at_once):
+    """Of 3 seeds: one after the other, or two and then one."""
+    _, config = evaluate_cnn.PRESETS["smoke"]
+    config = dataclasses.replace(evaluate_cnn.with_cells(config, cells), seeds=3)
+    dataset = data.load("digits", limit=64)
+
+    def trained(config):
+        job = evaluate_cnn.make_job(config, dataset)
+        states = job.init()
+        for batch in job.train_batches(1):
+            states, metrics = job.train_step(states, job.data, batch)
+        evaluation, _ = job.eval_step(states, job.data, job.eval_batches[0])
+        return states.params, states.batch_stats, metrics, evaluation
+
+    found, expected = trained(dataclasses.replace(config, seeds_at_once=at_once)), trained(config)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, found, expected)
+
+
+def test_memory_that_is_not_enough_is_one_line(cells, capsys, monkeypatch):
+    """The same command goes on, with what the line names."""
+    command = ["smoke", "--genotype", cells, "--seeds", "3", "--workdir", "run"]
+
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError(REASON)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.runner._train", exhausted)
+        assert evaluate_cnn.main(command) == 2
+    error = capsys.readouterr().err
+    assert f"the memory is not enough ({REASON.splitlines()[0]}); go on with" in error
+    assert error.count("\n") == 1
+    flags = error.split("go on with ")[1].split()
+    assert flags == ["--seeds-at-once", "1"]
+    assert evaluate_cnn.main([*command, *flags]) == 0
+    assert len(epochs_of("run")) == 2
 
 
 def test_newest_cells_are_taken(cells):
@@ -274,6 +316,7 @@ def test_part_of_the_training_images_can_be_held_out(monkeypatch):
         (["smoke", "--train.drop-path", "1"], "--train.drop-path is 1.0; give less than 1"),
         (["smoke", "--train.w.decay", "0"], "--train.w.decay is 0.0; give more than 0"),
         (["smoke", "--seeds", "0"], "--seeds is 0; give at least 1"),
+        (["smoke", "--seeds-at-once", "0"], "--seeds-at-once is 0; give at least 1"),
         (["smoke", "--seed", "4294967295", "--seeds", "2"], "give less than 2**32"),
     ],
 )

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from xml.etree import ElementTree
 
+import browser
 import numpy as np
 import pytest
 from cheap_cells import CHEAP
@@ -118,9 +119,9 @@ def test_pipeline(stand_in, capsys):
     assert estimators == ["first_order"] * 2 + ["unrolled"] * 2
 
 
-def test_page_holds_everything():
+def small_page():
     lines = [{"epoch": epoch, "eval_accuracy": 1 - 0.5**epoch} for epoch in (1, 2, 3)]
-    text = pipeline_report.page(
+    return pipeline_report.page(
         "Cells <of> digits",
         ("cells", "error"),
         [("a & b", "1.0"), ("c", "2.0")],
@@ -128,6 +129,10 @@ def test_page_holds_everything():
         {"a & b": lines, "c": lines},
         ["python -m experiments.x '<y>'"],
     )
+
+
+def test_page_holds_everything():
+    text = small_page()
     assert "Cells &lt;of&gt; digits" in text and "<td>a &amp; b</td>" in text
     assert "&#x27;&lt;y&gt;&#x27;" in text
     assert not re.search(r"(src|href)=\"(?!data:)", text)  # nothing is fetched
@@ -135,6 +140,34 @@ def test_page_holds_everything():
     assert len(pictures) == 1 + 2 * 2
     for picture in pictures:
         ElementTree.fromstring(base64.b64decode(picture))
+
+
+# Says what is seen once the pictures, which lie in the page, are decoded.
+SEEN = """
+const all = (selector, see) => [...document.querySelectorAll(selector)].map(see);
+addEventListener("load", () => {
+  told("table", all("table tr", (row) => row.innerText.split("\\t")));
+  told("headings", all("h1, h2, h3", (heading) => heading.innerText));
+  told("command", all("pre", (block) => block.innerText));
+  told("pictures", all("img", (image) => image.naturalWidth > 99 && image.width > 99));
+  told("names", all("img", (image) => image.alt));
+  told("wide", document.documentElement.scrollWidth > innerWidth);
+});
+"""
+
+
+@browser.needed
+def test_page_in_a_browser(tmp_path):
+    told = browser.told_by(small_page(), SEEN, tmp_path)
+    assert told["table"] == [["cells", "error"], ["a & b", "1.0"], ["c", "2.0"]]
+    methods = ["a & b", "c"]
+    sections = ["Test error while training", "Cells", *methods, "Commands"]
+    assert told["headings"] == ["Cells <of> digits", *sections]
+    assert told["command"] == ["python -m experiments.x '<y>'"]
+    assert told["pictures"] == [True] * 5
+    cells = [f"{kind} cell, {name}" for name in methods for kind in ("normal", "reduce")]
+    assert told["names"][1:] == cells and "Test error" in told["names"][0]
+    assert not told["wide"]  # nothing has to be scrolled sideways
 
 
 def test_random_search(stand_in, capsys):

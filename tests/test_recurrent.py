@@ -7,34 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from recorded_rnn import NODES, close, inputs_of, params_of, running_of
 
-from darts_jax import hypergradient, language_model, recurrent, relaxation
+from darts_jax import language_model, recurrent, relaxation
 from darts_jax.genotype import PUBLISHED_RECURRENT, RNN_PRIMITIVES, RecurrentGenotype
 from darts_jax.language_model import Batch, Dropout, Inputs
 from darts_jax.operations import Moments
 from darts_jax.recurrent import ACTIVATIONS, Masks
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-RTOL = 1e-9
-NODES = 8
-
-
-def close(actual, expected, rtol=RTOL):
-    """Relative to the largest entry: a value near zero is a difference of larger ones."""
-    expected = np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape
-    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=rtol * np.abs(expected).max())
-
-
-def params_of(w):
-    """Parameters from `{name: array}`, which may also be gradients."""
-    nodes = [w[f"rnns.0._Ws.{i}"] for i in range(NODES)]
-    return {
-        "embedding": jnp.asarray(w["encoder.weight"]),
-        "bias": jnp.asarray(w["decoder.bias"]),
-        "cell": {"start": jnp.asarray(w["rnns.0._W0"]), "nodes": jnp.stack(nodes)},
-    }
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +31,13 @@ def params(recorded, unpack):
 
 @pytest.fixture(scope="module")
 def running(recorded, unpack):
-    buffers = unpack(recorded, "search/buf")
-    return Moments(*(buffers[f"rnns.0.bn.running_{kind}"] for kind in ("mean", "var")))
+    return running_of(recorded, unpack)
 
 
 @pytest.fixture(scope="module")
-def inputs(recorded, running):
+def inputs(recorded, unpack):
     """`inputs("train")`: the recorded batch and hidden states."""
-
-    def make(name):
-        tokens, targets = recorded[f"search/x_{name}"], recorded[f"search/y_{name}"]
-        valid = np.ones(len(tokens), bool)
-        batch = Batch(tokens, targets, valid, jax.random.key(0))
-        return Inputs(batch, recorded[f"search/h_{name}"][0], running)
-
-    return make
+    return functools.partial(inputs_of, recorded, unpack)
 
 
 @pytest.fixture(scope="module")
@@ -139,96 +112,6 @@ def test_recorded_masks(recorded, params, inputs, running):
     output = jax.jit(lambda: language_model.apply(params, tokens, given.hidden, cell, masks))()
     close(jax.nn.log_softmax(output.logits), recorded["mask/search/log_probs"])
     close(output.trajectory.last, recorded["mask/search/hidden_new"][0])
-
-
-# Hypergradients.
-
-
-def clip_as_pytorch(bound):
-    """The original's, which adds 1e-6 to the norm; `optax.clip_by_global_norm` does not."""
-
-    def clip(updates, params):
-        factor = jnp.minimum(1, bound / (optax.tree.norm(updates) + 1e-6))
-        return jax.tree.map(lambda g: factor * g, updates)
-
-    return optax.stateless(clip)
-
-
-@functools.lru_cache
-def estimator(eta, clip, decay):
-    loss = language_model.make_loss()
-    clipping = clip_as_pytorch(clip) if clip else optax.identity()
-    optimizer = optax.chain(clipping, optax.add_decayed_weights(decay), optax.sgd(eta))
-    problem = hypergradient.Bilevel(loss, loss, has_aux=True)
-    return optimizer, hypergradient.unrolled(problem, optimizer)
-
-
-def test_recorded_first_order(recorded, params, inputs):
-    loss = language_model.make_loss()
-    estimate = hypergradient.first_order(hypergradient.Bilevel(loss, loss, has_aux=True))
-    found = estimate(recorded["search/alpha"], params, None, inputs("train"), inputs("val"))
-    close(found.gradient, recorded["search/out/hyper_first"])
-    close(found.value, recorded["search/out/val/loss"])
-    close(found.aux.hidden, recorded["search/out/val/hidden_new"][0])
-
-
-@pytest.mark.parametrize("kind", ["noclip", "clip"])
-@pytest.mark.parametrize("case", "ABC")
-def test_recorded_exact_hypergradient(recorded, params, inputs, case, kind):
-    """Every parameter moves, the embedding too; the clip is differentiated through."""
-    prefix = f"search/out/case{case}"
-    eta, clip, decay = (float(recorded[f"{prefix}/{k}"]) for k in ("eta", "clip", "weight_decay"))
-    optimizer, estimate = estimator(eta, clip if kind == "clip" else None, decay)
-    found = estimate(
-        recorded["search/alpha"], params, optimizer.init(params), inputs("train"), inputs("val")
-    )
-    close(found.gradient, recorded[f"{prefix}/hyper_exact_{kind}"])
-    close(found.value, recorded[f"{prefix}/exact_{kind}/loss_val_unrolled"])
-
-
-@pytest.fixture(scope="module")
-def original(recorded, params, inputs):
-    """The original's recipe, with the mixed product exact: a function of eta, clip and decay."""
-    alpha, train, val = recorded["search/alpha"], inputs("train"), inputs("val")
-    loss = language_model.make_loss()
-
-    def factor(tree, clip):
-        return clip / (optax.tree.norm(tree) + 1e-6)
-
-    @jax.jit
-    def run(eta, clip, decay):
-        slope, _ = jax.grad(loss, has_aux=True)(params, alpha, train)
-        capped = jnp.minimum(1, factor(slope, clip))
-        moved = jax.tree.map(lambda w, g: w - eta * (capped * g + decay * w), params, slope)
-        moved["embedding"] = params["embedding"]  # stays, though it is trained
-        (value, _), (vector, direct) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
-            moved, alpha, val
-        )
-        # v alone is clipped, not the direct term.
-        vector = optax.tree.scale(jnp.minimum(1, factor(vector, clip)), vector)
-
-        def along(alpha):
-            gradient, _ = jax.grad(loss, has_aux=True)(params, alpha, train)
-            return optax.tree.vdot(gradient, vector)
-
-        product = jax.grad(along)(alpha)
-        # The derivative of the clip is taken for its factor, which may be above 1 here.
-        return value, direct, product, direct - eta * factor(slope, clip) * product
-
-    return run
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", "ABC")
-def test_the_originals_hypergradient_is_explained_by_its_differences(recorded, original, case):
-    prefix = f"search/out/case{case}"
-    value, direct, product, whole = original(
-        *(float(recorded[f"{prefix}/{k}"]) for k in ("eta", "clip", "weight_decay"))
-    )
-    close(value, recorded[f"{prefix}/ref_exacthvp/loss_val_unrolled"])
-    close(direct, recorded[f"{prefix}/ref_exacthvp/direct"])
-    close(product, recorded[f"{prefix}/ref_exacthvp/hvp"])
-    close(whole, recorded[f"{prefix}/hyper_ref_exacthvp"])
 
 
 # The discrete cell.
