@@ -97,11 +97,12 @@ class Log:
         return line
 
     def pictures(self, step: int, files: Sequence[Path]) -> None:
-        """Hands pictures, PNG, to the sinks."""
+        """Hands pictures, PNG, in the workdir to the sinks."""
         with writing(self._workdir):
             for sink in self._sinks:
                 for file in files:
-                    sink.picture(step, file.stem, file.read_bytes())
+                    name = file.relative_to(self._workdir).with_suffix("").as_posix()
+                    sink.picture(step, name, file.read_bytes())
 
     def sync(self) -> int:
         """Brings every line to the disk; returns the size of the file in bytes."""

@@ -22,7 +22,8 @@ from experiments.errors import UserError
 CONFIG = "config.json"  # files of a workdir
 LOCK = ".lock"
 APART = ("workdir", "run")  # fields that are no part of what is computed
-ALWAYS = ("data.path", "stream.workers")  # fields that may change: where from, not what
+# Fields that may change: where data comes from, and how much at once, but not what is computed.
+ALWAYS = ("data.path", "stream.workers", "seeds_at_once")
 GROWING = ("search.epochs", "train.epochs")  # fields that may grow
 MISSING = "missing"
 MAX_SHOWN, MAX_CHARACTERS = 10, 100  # of fields that differ, and of each value
