@@ -59,7 +59,8 @@ def together(
         different seeds differ in `init`, `train_batches`, `end_epoch` and `draw` only.
       seeds: of the searches.
       at_once: how many of them go through a step as one batch of arrays, a divisor of their number.
-        None for all, but for one on a CPU: there it is the fastest (see docs/performance.md).
+        None for all, but for one on a CPU, where convolutions gain nothing from a batch of seeds
+        (see docs/performance.md).
       workdir: of all of them.
     """
     if len(seeds) == 1:
