@@ -27,6 +27,7 @@ _MODULES = (
     "averaging",
     "cells",
     "checkpoint",
+    "choices",
     "convolution",
     "data",
     "discrete",

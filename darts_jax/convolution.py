@@ -58,9 +58,17 @@ def depthwise(x: Array, kernel: Array) -> Array:
 
 
 def _bilinear(
-    name: str, function: Callable, transpose_lhs: Callable, transpose_rhs: Callable
+    name: str,
+    function: Callable,
+    transpose_lhs: Callable,
+    transpose_rhs: Callable,
+    looped: bool = True,
 ) -> Primitive:
-    """A primitive for a bilinear `function(lhs, rhs, **params)`, complete with its derivatives."""
+    """A primitive for a bilinear `function(lhs, rhs, **params)`, complete with its derivatives.
+
+    If `looped`, a batch of both arguments is a loop on CPUs: as one convolution it would be one of
+    groups, for which they have no fast path.
+    """
     primitive = Primitive(name)
 
     def abstract(lhs, rhs, **params):
@@ -68,7 +76,17 @@ def _bilinear(
         return jax.core.ShapedArray(out.shape, out.dtype)
 
     def batch(args, dims, **params):
-        return jax.vmap(lambda a, b: function(a, b, **params), in_axes=tuple(dims))(*args), 0
+        def at_once(*args):
+            return jax.vmap(lambda a, b: function(a, b, **params), in_axes=tuple(dims))(*args)
+
+        if None in dims or not looped:
+            return at_once(*args), 0
+
+        def one_by_one(*args):
+            pairs = tuple(jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True))
+            return lax.map(lambda pair: primitive.bind(*pair, **params), pairs)
+
+        return lax.platform_dependent(*args, cpu=one_by_one, default=at_once), 0
 
     @lru_cache
     def compiled(items):  # for calls outside of jit
@@ -176,6 +194,7 @@ _depthwise_p = _bilinear(
     _depthwise,
     lambda ct, x, kernel: _depthwise_p.bind(ct, _reverse(kernel)),
     lambda ct, x, kernel: _correlation_p.bind(x, ct, size=kernel.aval.shape[0]),
+    looped=False,
 )
 _correlation_p = _bilinear(
     "depthwise_correlation",

@@ -30,6 +30,7 @@ from experiments.evaluation_config import PRESETS, Config
 from experiments.memory import enough_memory, peak_memory
 from experiments.metrics import Display
 from experiments.run_config import check_run, prepare
+from experiments.seeds import OF_SEED, mean_text
 from experiments.sources import newest_search, saved_genotype
 from experiments.workdir import opened, writing
 
@@ -134,7 +135,7 @@ def make_job(config: Config, dataset: images.ImageData) -> runner.Job:
         means = {name: values.mean() for name, values in named.items()}
         for name in ("eval_accuracy", "eval_top5_accuracy"):
             each = zip(seeds, named[name], strict=True)
-            means |= {f"{name}_of_seed_{seed}": value for seed, value in each}
+            means |= {f"{name}{OF_SEED}{seed}": value for seed, value in each}
         return means, mask.sum()
 
     return runner.Job(
@@ -174,8 +175,8 @@ def train(config: Config, dataset: images.ImageData, workdir: Path, display: Dis
     last = result.epochs[-1]
     seeds = range(config.seed, config.seed + config.seeds)
     return Outcome(
-        np.array([1 - last[f"eval_accuracy_of_seed_{seed}"] for seed in seeds]),
-        np.array([1 - last[f"eval_top5_accuracy_of_seed_{seed}"] for seed in seeds]),
+        np.array([1 - last[f"eval_accuracy{OF_SEED}{seed}"] for seed in seeds]),
+        np.array([1 - last[f"eval_top5_accuracy{OF_SEED}{seed}"] for seed in seeds]),
         count_parameters(variables["params"]) // config.seeds,
         multiply_adds(network, shape),
         result,
@@ -191,8 +192,7 @@ def remedy(config: Config) -> str:
 
 def percent(shares: np.ndarray) -> str:
     """Mean of shares in percent, with their sample standard deviation if there are several."""
-    text = f"{100 * shares.mean():.2f}"
-    return text if len(shares) == 1 else f"{text} ± {100 * shares.std(ddof=1):.2f}"
+    return mean_text(100 * shares, 2)
 
 
 def summary(

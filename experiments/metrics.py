@@ -12,7 +12,8 @@ metrics.jsonl holds one JSON object a line, of three kinds:
 since the line before. `seconds` is the wall time of the epoch, compilation left out.
 `memory_bytes` is the most that the device has held so far or, on a CPU, the process. A step is
 skipped by `--on-nan skip` alone; `leaf` names what was not finite. All but the figures of time and
-memory is fixed by the config.
+memory is fixed by the config. Of several seeds, metrics are means; what is of seed S alone has
+`_of_seed_S` at the end of its name.
 """
 
 import json
@@ -90,18 +91,20 @@ class Log:
             self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
             for sink in self._sinks:
                 sink.scalars(step, kind, {**values, **measured})
-                for path, array in _arrays("alpha", other.get("alpha")):
-                    sink.histogram(step, path, array)
+                for name in (name for name in other if name.startswith("alpha")):
+                    for path, array in _arrays(name, other[name]):
+                        sink.histogram(step, path, array)
         if kind == "epoch":
             self.epochs.append(line)
         return line
 
     def pictures(self, step: int, files: Sequence[Path]) -> None:
-        """Hands pictures, PNG, to the sinks."""
+        """Hands pictures, PNG, in the workdir to the sinks."""
         with writing(self._workdir):
             for sink in self._sinks:
                 for file in files:
-                    sink.picture(step, file.stem, file.read_bytes())
+                    name = file.relative_to(self._workdir).with_suffix("").as_posix()
+                    sink.picture(step, name, file.read_bytes())
 
     def sync(self) -> int:
         """Brings every line to the disk; returns the size of the file in bytes."""
@@ -124,8 +127,6 @@ class Log:
 
 def _arrays(name: str, alpha: Any) -> list[tuple[str, np.ndarray]]:
     """The arrays, by name, of alphas as a line holds them: a matrix, or one for each cell."""
-    if alpha is None:
-        return []
     if isinstance(alpha, Mapping):
         return [(f"{name}/{cell}", np.asarray(values)) for cell, values in alpha.items()]
     return [(name, np.asarray(alpha))]

@@ -142,7 +142,7 @@ def search_config(config: Config, estimator: str, seed: int) -> search_cnn.Confi
     """One search. Its images are augmented as the supernet's preset has it: without cutout."""
     images = replace(config.data, cutout=0)
     search = replace(config.search, estimator=estimator)
-    return search_cnn.Config(images, config.supernet, search, seed, config.run)
+    return search_cnn.Config(images, config.supernet, search, seed, run=config.run)
 
 
 def train_config(config: Config) -> evaluate_cnn.Config:

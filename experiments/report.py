@@ -9,7 +9,7 @@ The page is one file that fetches nothing. A run may still be going on.
 import html
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from experiments.errors import UserError
 from experiments.metrics import MEASURED, Display
 from experiments.recorded import CELLS, Frame, Run, origin, read_runs
 from experiments.recurrent_cell import START
+from experiments.seeds import OF_SEED
 from experiments.workdir import writing
 
 MODULE = "experiments.report"
@@ -31,7 +32,6 @@ MAX_POINTS = 1000  # of a curve: more cannot be seen
 SCRIPT = Path(__file__).with_suffix(".js")
 INPUTS = ("c(k-2)", "c(k-1)")  # states of a convolutional cell
 NONE = "-"  # in tables
-OF_SEED = "_of_seed_"  # in names of metrics of one of several networks
 SVG_DASHES = dict(zip(page.DASHES, ("none", "6 3", "7 2 1.5 2", "1.5 2.5"), strict=True))
 
 # The page may show its own pictures and run its own script, and cannot fetch anything.
@@ -134,10 +134,18 @@ def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
                 f"{epochs} of {_text(planned)}" if planned is not None else f"{epochs}",
                 f"{sum(seconds):.1f}",
                 *([f"{len(run.lines.get('skip', ()))}"] if skipped else []),
-                *(f"{own[name][-1][1]:.4g}" if name in own else NONE for name in metrics),
+                *(_figure(own, name) if name in own else NONE for name in metrics),
             ]
         )
     return [*columns, *(["skipped steps"] if skipped else []), *metrics], rows
+
+
+def _figure(series: Mapping[str, Sequence[tuple[int, float]]], name: str) -> str:
+    """The last value of a metric; with its sample standard deviation where it is of several."""
+    (_, last), parts = series[name][-1], [series[n] for n in series if n.startswith(name + OF_SEED)]
+    if len(parts) < 2:
+        return f"{last:.4g}"
+    return f"{last:.4g} ± {np.std([part[-1][1] for part in parts], ddof=1):.2g}"
 
 
 def _configs(runs: Sequence[Run]) -> str:

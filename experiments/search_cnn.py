@@ -3,6 +3,7 @@
     python -m experiments.search_cnn                    # handwritten digits, a few minutes
     python -m experiments.search_cnn paper              # CIFAR-10, as in the paper
     python -m experiments.search_cnn --search.estimator first_order --workdir runs/first_order
+    python -m experiments.search_cnn --seeds 4          # four searches as one program
 
 The workdir then holds genotype.json, a picture of each cell, one of the alphas over time, and what
 `experiments.runner` writes. The same command resumes it.
@@ -24,7 +25,7 @@ from rich.text import Text
 
 from darts_jax import data, genotype, hypergradient, search
 from darts_jax.networks import Supernet
-from experiments import command_line, devices, runner
+from experiments import command_line, devices, runner, seeds
 from experiments.config import (
     AlphaConfig,
     DataConfig,
@@ -87,6 +88,10 @@ class Config:
     search: SearchConfig = field(default_factory=SearchConfig)
     seed: int = 0
     """Of everything random: parameters, order of the images, augmentation."""
+    seeds: int = 1
+    """Searches to run side by side: by this seed and those that follow it."""
+    seeds_at_once: int | None = None
+    """Of these, so many in one batch of arrays, which bounds memory; None for all, on a CPU 1."""
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     workdir: Path | None = None
     """Folder to write to, and to resume from; None for runs/search_cnn-PRESET-seedSEED."""
@@ -220,12 +225,12 @@ def make_train_step(
         key: jax.Array, count: jax.Array, images: Images, indices: Indices
     ) -> tuple[search.Batch, search.Batch]:
         train_key, val_key = jax.random.split(jax.random.fold_in(key, count))
+        indices = devices.constrain(indices, 0)
         # The original augments the batches that train alpha, too.
         train_batch = augmented(train_key, images.train, indices.train)
         return train_batch, augmented(val_key, images.val, indices.val)
 
     def train_step(state, images, indices):
-        indices = devices.spread(indices, 0)
         return step(state, *train_and_val(state.key, state.step, images, indices))
 
     return train_step
@@ -259,10 +264,10 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
       ValueError: if the images are too few for a batch. The job's `init`: if they do not fit the
         network.
     """
-    seed, batch_size, epochs = config.seed, config.search.batch_size, config.search.epochs
+    batch_size, epochs = config.search.batch_size, config.search.epochs
     train, val = data.split_search(dataset.train, config.search.train_portion)
     train_size, val_size = len(train.labels), len(val.labels)
-    steps_per_epoch = len(data.epoch_indices(seed, 0, train_size, batch_size))
+    steps_per_epoch = len(data.epoch_indices(config.seed, 0, train_size, batch_size))
     network = supernet(config.network, dataset.num_classes)
     w = w_optimizer(config.search.w, w_schedule(config.search.w, epochs, steps_per_epoch))
     alpha = alpha_optimizer(config.search.alpha)
@@ -274,34 +279,44 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
         skip_nonfinite=config.run.skip_nonfinite,
     )
 
-    def init() -> search.SearchState:
-        shape = dataset.image_shape
-        return search.init(jax.random.key(seed), network, w, alpha, shape)
+    train_step = make_train_step(step, config.data, dataset)
+    eval_step = make_eval_step(search.make_evaluate(network), dataset)
+    images = devices.keep(Images(train, val))
+    facts = {"train images": data.fingerprint(train), "validation images": data.fingerprint(val)}
 
-    def train_batches(epoch: int) -> list[Indices]:
-        order = data.epoch_indices(seed, epoch, train_size, batch_size)
-        fresh = data.random_indices(seed, epoch, len(order), val_size, batch_size)
-        return list(map(Indices, order, fresh))
+    def alone(seed: int, folder: Path) -> runner.Job:
+        def init() -> search.SearchState:
+            shape = dataset.image_shape
+            return search.init(jax.random.key(seed), network, w, alpha, shape)
 
-    return runner.Job(
-        name="search step",
-        init=init,
-        train_step=make_train_step(step, config.data, dataset),
-        eval_step=make_eval_step(search.make_evaluate(network), dataset),
-        data=devices.keep(Images(train, val)),
-        train_batches=train_batches,
-        eval_batches=list(data.padded_indices(val_size, batch_size)),
-        epochs=epochs,
-        steps_per_epoch=steps_per_epoch,
-        end_epoch=partial(end_epoch, workdir),
-        checked=search.checked,
-        draw=partial(draw, workdir),
-        facts={
-            "train images": data.fingerprint(train),
-            "validation images": data.fingerprint(val),
-        },
-        place=devices.replicate,
-    )
+        def train_batches(epoch: int) -> list[Indices]:
+            order = data.epoch_indices(seed, epoch, train_size, batch_size)
+            fresh = data.random_indices(seed, epoch, len(order), val_size, batch_size)
+            return list(map(Indices, order, fresh))
+
+        return runner.Job(
+            name="search step",
+            init=init,
+            train_step=train_step,
+            eval_step=eval_step,
+            data=images,
+            train_batches=train_batches,
+            eval_batches=list(data.padded_indices(val_size, batch_size)),
+            epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
+            end_epoch=partial(end_epoch, folder),
+            checked=search.checked,
+            draw=partial(draw, folder),
+            facts=facts,
+            place=devices.replicate,
+        )
+
+    return seeds.together(alone, seeds_of(config), config.seeds_at_once, workdir)
+
+
+def seeds_of(config: Config) -> range:
+    """The seeds of the searches."""
+    return range(config.seed, config.seed + config.seeds)
 
 
 def check(config: Config) -> None:
@@ -324,7 +339,7 @@ def check(config: Config) -> None:
     if not config.search.radius > 0:
         raise ValueError(f"--search.radius is {config.search.radius}; give more than 0")
     command_line.check_below_one(("search.alpha.b1", alpha.b1), ("search.alpha.b2", alpha.b2))
-    command_line.check_seed(config.seed)
+    seeds.check(config.seed, config.seeds, config.seeds_at_once)
     check_run(config.run)
 
 
@@ -352,15 +367,21 @@ def draw(workdir: Path, epochs: Sequence[dict[str, Any]]) -> list[Path]:
 def search_cells(
     config: Config, dataset: data.Dataset, workdir: Path, display: Display
 ) -> tuple[genotype.Genotype, runner.Result]:
-    """Searches, or goes on where the workdir says; returns the cells that were found."""
+    """Searches, or goes on where the workdir says; returns the cells of the best seed."""
     with command_line.user_errors():
         job = make_job(config, dataset, workdir)
     result = runner.run(job, config, workdir, display)
-    return found(result.epochs), result
+    return found(seeds.of_best(result.epochs, seeds_of(config))), result
 
 
-def summary(cells: genotype.Genotype, result: runner.Result, workdir: Path, command: str) -> Table:
-    """The table that a search ends with."""
+def summary(
+    cells: genotype.Genotype,
+    result: runner.Result,
+    own_seeds: Sequence[int],
+    workdir: Path,
+    command: str,
+) -> Table:
+    """The table that a search ends with; the cells are those of the best seed."""
 
     def cell(edges: Sequence[genotype.Edge]) -> str:
         pairs = zip(edges[::2], edges[1::2], strict=True)
@@ -370,13 +391,18 @@ def summary(cells: genotype.Genotype, result: runner.Result, workdir: Path, comm
             for node, pair in enumerate(pairs)
         )
 
-    last = result.epochs[-1]
     table = Table(title="Search finished", show_header=False, title_justify="left")
     table.add_row("normal cell", cell(cells.normal))
     table.add_row("reduction cell", cell(cells.reduce))
-    table.add_row(
-        "validation", f"accuracy {last['eval_accuracy']:.1%}, loss {last['eval_loss']:.3f}"
-    )
+
+    def validation(of: Sequence[int]) -> str:
+        accuracy, loss = (
+            seeds.mean_text(scale * seeds.values_of(result.epochs[-1], name, of, own_seeds), digits)
+            for name, scale, digits in (("eval_accuracy", 100, 1), ("eval_loss", 1, 3))
+        )
+        return f"accuracy {accuracy}%, loss {loss}"
+
+    seeds.add_rows(table, result.epochs, own_seeds, validation)
     table.add_row(
         "time",
         f"{result.seconds:.0f} s search, all {len(result.epochs)} epochs;"
@@ -402,10 +428,11 @@ def run(argv: Sequence[str]) -> None:
             dataset = data.load(config.data.name, config.data.path, config.data.limit)
         cells, result = search_cells(config, dataset, workdir, display)
     own = command_line.data_flags(config.data, PRESETS[preset][1].data)
+    file = seeds.best_genotype(result.epochs, seeds_of(config), workdir)
     command = command_line.command(
-        "experiments.evaluate_cnn", [preset, *own, "--genotype", f"{workdir}/genotype.json"]
+        "experiments.evaluate_cnn", [preset, *own, "--genotype", str(file)]
     )
-    display.console.print(summary(cells, result, workdir, command))
+    display.console.print(summary(cells, result, seeds_of(config), workdir, command))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
     python -m experiments.search_rnn                          # the help texts of Python, minutes
     python -m experiments.search_rnn paper --data.path PTB    # Penn Treebank, as in the paper
     python -m experiments.search_rnn --search.estimator first_order --workdir runs/first_order
+    python -m experiments.search_rnn --seeds 4                # four searches as one program
 
 The workdir then holds genotype.json, a picture of the cell, one of the alphas over time, and what
 `experiments.runner` writes. The same command resumes it.
@@ -26,7 +27,7 @@ from darts_jax import genotype, language_model, recurrent, relaxation, search, t
 from darts_jax.language_model import Aux, Inputs
 from darts_jax.operations import Moments
 from darts_jax.text import Corpus
-from experiments import command_line, devices, distributed, runner, texts
+from experiments import command_line, devices, distributed, runner, seeds, texts
 from experiments.config import AlphaConfig, alpha_optimizer
 from experiments.memory import peak_memory
 from experiments.metrics import Display
@@ -82,6 +83,10 @@ class Config:
     search: SearchConfig = field(default_factory=SearchConfig)
     seed: int = 0
     """Of everything random: parameters, lengths of sequences, dropout."""
+    seeds: int = 1
+    """Searches to run side by side: by this seed and those that follow it."""
+    seeds_at_once: int | None = None
+    """Of these, so many in one batch of arrays, which bounds memory; None for all, on a CPU 1."""
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     workdir: Path | None = None
     """Folder to write to, and to resume from; None for runs/search_rnn-PRESET-seedSEED."""
@@ -240,7 +245,7 @@ def make_job(config: Config, corpus: Corpus, workdir: Path) -> runner.Job:
     Raises:
       ValueError: if a text is too short for its columns or a window.
     """
-    seed, own, size = config.seed, config.search, config.model.size
+    own, size = config.search, config.model.size
     longest, vocabulary = own.length, len(corpus.vocabulary)
     data = texts.Texts(
         texts.on_device(corpus.train, own.batch_size, longest),
@@ -256,21 +261,6 @@ def make_job(config: Config, corpus: Corpus, workdir: Path) -> runner.Job:
     hidden = jnp.zeros((own.batch_size, size))
     evaluate = texts.make_evaluation(corpus, "valid", own.eval_batch_size, size)
 
-    def init() -> search.SearchState:
-        w_key, alpha_key, state_key = jax.random.split(jax.random.key(seed), 3)
-        shape = len(genotype.edges(config.model.nodes, 1)), len(genotype.RNN_PRIMITIVES)
-        params = language_model.init_params(w_key, vocabulary, size, config.model.nodes)
-        alphas = search.ALPHA_SCALE * jax.random.normal(alpha_key, shape)
-        return search.SearchState(
-            step=jnp.zeros((), jnp.int32),
-            key=state_key,
-            w=params,
-            alpha=alphas,
-            carry=Carry(recurrent.running_statistics(size), hidden, hidden),
-            w_opt_state=w.init(params),
-            alpha_opt_state=alpha.init(alphas),
-        )
-
     @jax.jit
     def eval_step(state: search.SearchState, data: texts.Texts, _: jax.Array):
         weights = relaxation.softmax(state.alpha)
@@ -278,33 +268,59 @@ def make_job(config: Config, corpus: Corpus, workdir: Path) -> runner.Job:
         total, tokens = evaluate(state.w, cell)
         return {"eval_loss": total}, tokens
 
-    def train_batches(epoch: int) -> list[Step]:
-        windows = text.search_windows(seed, epoch, train_rows, longest)
-        val_starts = (np.arange(steps_per_epoch) % val_windows * longest).astype(np.int32)
-        return list(map(Step, windows.starts, windows.lengths, val_starts))
+    train_step = make_train_step(step, config, steps_per_epoch)
+    facts = {"text": text.fingerprint(corpus)}
 
-    return runner.Job(
-        name="search step",
-        init=init,
-        train_step=make_train_step(step, config, steps_per_epoch),
-        eval_step=eval_step,
-        data=data,
-        train_batches=train_batches,
-        eval_batches=[np.int32(0)],
-        epochs=own.epochs,
-        steps_per_epoch=steps_per_epoch,
-        end_epoch=partial(end_epoch, workdir),
-        checked=search.checked,
-        draw=partial(draw, workdir),
-        facts={"text": text.fingerprint(corpus)},
-        place=place,
-    )
+    def alone(seed: int, folder: Path) -> runner.Job:
+        def init() -> search.SearchState:
+            w_key, alpha_key, state_key = jax.random.split(jax.random.key(seed), 3)
+            shape = len(genotype.edges(config.model.nodes, 1)), len(genotype.RNN_PRIMITIVES)
+            params = language_model.init_params(w_key, vocabulary, size, config.model.nodes)
+            alphas = search.ALPHA_SCALE * jax.random.normal(alpha_key, shape)
+            return search.SearchState(
+                step=jnp.zeros((), jnp.int32),
+                key=state_key,
+                w=params,
+                alpha=alphas,
+                carry=Carry(recurrent.running_statistics(size), hidden, hidden),
+                w_opt_state=w.init(params),
+                alpha_opt_state=alpha.init(alphas),
+            )
+
+        def train_batches(epoch: int) -> list[Step]:
+            windows = text.search_windows(seed, epoch, train_rows, longest)
+            val_starts = (np.arange(steps_per_epoch) % val_windows * longest).astype(np.int32)
+            return list(map(Step, windows.starts, windows.lengths, val_starts))
+
+        return runner.Job(
+            name="search step",
+            init=init,
+            train_step=train_step,
+            eval_step=eval_step,
+            data=data,
+            train_batches=train_batches,
+            eval_batches=[np.int32(0)],
+            epochs=own.epochs,
+            steps_per_epoch=steps_per_epoch,
+            end_epoch=partial(end_epoch, folder),
+            checked=search.checked,
+            draw=partial(draw, folder),
+            facts=facts,
+            place=partial(place, columns=0 if config.seeds == 1 else 1),
+        )
+
+    return seeds.together(alone, seeds_of(config), config.seeds_at_once, workdir)
 
 
-def place(state: search.SearchState) -> search.SearchState:
-    """The state on the devices, which have their own columns of the hidden states."""
+def seeds_of(config: Config) -> range:
+    """The seeds of the searches."""
+    return range(config.seed, config.seed + config.seeds)
+
+
+def place(state: search.SearchState, columns: int) -> search.SearchState:
+    """The state on the devices, which have their own columns, an axis of the hidden states."""
     placed, carry = devices.replicate(state), state.carry
-    hidden = devices.spread((carry.train_hidden, carry.val_hidden), axis=0)
+    hidden = devices.spread((carry.train_hidden, carry.val_hidden), columns)
     return placed._replace(carry=Carry(placed.carry.running, *hidden))
 
 
@@ -335,7 +351,7 @@ def check(config: Config) -> None:
     command_line.check_below_one(
         ("search.alpha.b1", own.alpha.b1), ("search.alpha.b2", own.alpha.b2)
     )
-    command_line.check_seed(config.seed)
+    seeds.check(config.seed, config.seeds, config.seeds_at_once)
     check_run(config.run)
 
 
@@ -362,12 +378,19 @@ def draw(workdir: Path, epochs: Sequence[dict[str, Any]]) -> list[Path]:
     return [workdir / "cell.png", workdir / "alphas.png"]
 
 
-def summary(result: runner.Result, corpus: Corpus, workdir: Path, command: str) -> Table:
-    """The table that a search ends with."""
+def summary(
+    result: runner.Result, own_seeds: Sequence[int], corpus: Corpus, workdir: Path, command: str
+) -> Table:
+    """The table that a search ends with; the cell is that of the best seed."""
     table = Table(title="Search finished", show_header=False, title_justify="left")
-    table.add_row("cell", describe(found(result.epochs)))
-    perplexity = texts.perplexity(result.epochs[-1]["eval_loss"])
-    table.add_row("validation", f"perplexity {perplexity:.1f}, of the relaxed model")
+    table.add_row("cell", describe(found(seeds.of_best(result.epochs, own_seeds))))
+
+    def validation(of: Sequence[int]) -> str:
+        losses = seeds.values_of(result.epochs[-1], "eval_loss", of, own_seeds)
+        perplexities = np.array([texts.perplexity(loss) for loss in losses])
+        return f"perplexity {seeds.mean_text(perplexities, 1)}, of the relaxed model"
+
+    seeds.add_rows(table, result.epochs, own_seeds, validation)
     unigram, bigram = (
         f(corpus, "valid") for f in (text.unigram_perplexity, text.bigram_perplexity)
     )
@@ -401,10 +424,11 @@ def run(argv: Sequence[str]) -> None:
                 text.save_vocabulary(corpus.vocabulary, workdir / "vocabulary.json")
         result = runner.run(job, config, workdir, display)
     own = command_line.data_flags(config.data, PRESETS[preset][1].data)
+    file = seeds.best_genotype(result.epochs, seeds_of(config), workdir)
     command = command_line.command(
-        "experiments.evaluate_rnn", [preset, *own, "--genotype", f"{workdir}/genotype.json"]
+        "experiments.evaluate_rnn", [preset, *own, "--genotype", str(file)]
     )
-    display.console.print(summary(result, corpus, workdir, command))
+    display.console.print(summary(result, seeds_of(config), corpus, workdir, command))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -78,6 +78,8 @@ def test_paper_preset():
             "alpha": {"learning_rate": 3e-4, "b1": 0.5, "b2": 0.999, "weight_decay": 1e-3},
         },
         "seed": 0,
+        "seeds": 1,
+        "seeds_at_once": None,
         "run": {**dataclasses.asdict(RunConfig()), "log_every": 50},
         "workdir": None,
     }
@@ -112,7 +114,7 @@ def test_help_explains_each_field(capsys, monkeypatch):
         for line in Path(file).read_text().splitlines()
     ]
     names = list(leaves(PRESETS["paper"][1]))
-    assert len(names) == 41
+    assert len(names) == 43
     for name in names:
         assert f"--{name.removeprefix('run.').replace('_', '-')}" in output
         last = name.split(".")[-1]
