@@ -45,7 +45,8 @@ def select(
 
     Edge after edge, in random order, keeps the operation without which the accuracy is lowest. Then
     each node, in random order, loses the edge without which the accuracy is highest, until it has
-    two. Both cells take turns. `none` adds nothing and is never kept.
+    two. Both cells take turns. `none` adds nothing and is never kept, nor is an operation of
+    weight 0 where an edge has another.
 
     Cost: with E edges and O operations in each cell, 2 E (O - 1) evaluations and a few for each
     node; and 2 E - 2 nodes tunings at most, if there is one.
@@ -83,6 +84,7 @@ def _operation(state, weigh, evaluate, primitives, kept, cell, edge) -> int:
     """The operation of an edge without which the accuracy is lowest."""
     weights = projected(weigh(state), kept)
     columns = [i for i, name in enumerate(primitives) if name != "none"]
+    columns = [i for i in columns if weights[cell][edge, i] != 0] or columns
     accuracies = []
     for column in columns:
         without = weights[cell].copy()

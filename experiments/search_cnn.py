@@ -24,7 +24,7 @@ from rich.text import Text
 
 from darts_jax import data, genotype, hypergradient, search
 from darts_jax.networks import Supernet
-from experiments import command_line, devices, runner
+from experiments import command_line, devices, remedies, runner
 from experiments.config import (
     AlphaConfig,
     DataConfig,
@@ -39,6 +39,7 @@ from experiments.config import (
 from experiments.images import make_augment, plain_batch
 from experiments.memory import peak_memory
 from experiments.metrics import Display
+from experiments.remedies import RemediesConfig
 from experiments.run_config import RunConfig, check_run, prepare
 from experiments.workdir import opened
 
@@ -57,6 +58,8 @@ class NetworkConfig:
     """Intermediate nodes of each cell."""
     batch_norm_groups: int = 1
     """Slices of a batch, each normalised by itself; as many as devices: each device's own part."""
+    partial: int = 1
+    """One of so many channels goes through the operations (PC-DARTS); a divisor of channels."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class SearchConfig:
     """Images in a batch, for w and for alpha alike."""
     w: WConfig = field(default_factory=WConfig)
     alpha: AlphaConfig = field(default_factory=AlphaConfig)
+    remedies: RemediesConfig = field(default_factory=RemediesConfig)
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,7 @@ def supernet(config: NetworkConfig, num_classes: int) -> Supernet:
         num_classes,
         config.nodes,
         batch_norm_groups=config.batch_norm_groups,
+        partial=config.partial,
     )
 
 
@@ -245,11 +250,17 @@ def make_eval_step(
     return lambda state, images, batch: eval_step(state, images, devices.spread(batch, 0))
 
 
-def end_epoch(workdir: Path, state: search.SearchState) -> dict[str, Any]:
-    """Saves the cells so far; returns the alphas, to be recorded."""
-    alpha = jax.device_get(state.alpha)
+def end_epoch(
+    workdir: Path,
+    record: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
+    eigenvalue: Callable[[search.SearchState], float] | None,
+    state: search.SearchState,
+) -> dict[str, Any]:
+    """Saves the cells so far; returns the alphas, to be recorded, and the eigenvalue if wanted."""
+    alpha = record(jax.device_get(state.alpha))
     genotype.save(genotype.derive(alpha), workdir / "genotype.json")
-    return {"alpha": {name: values.tolist() for name, values in alpha.items()}}
+    line: dict[str, Any] = {"alpha": {name: values.tolist() for name, values in alpha.items()}}
+    return line if eigenvalue is None else line | {"eigenvalue": eigenvalue(state)}
 
 
 def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job:
@@ -263,20 +274,33 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
     train, val = data.split_search(dataset.train, config.search.train_portion)
     train_size, val_size = len(train.labels), len(val.labels)
     steps_per_epoch = len(data.epoch_indices(seed, 0, train_size, batch_size))
-    network = supernet(config.network, dataset.num_classes)
+    own, num_steps = config.search.remedies, epochs * steps_per_epoch
+    network = remedies.extend(own, supernet(config.network, dataset.num_classes))
     w = w_optimizer(config.search.w, w_schedule(config.search.w, epochs, steps_per_epoch))
     alpha = alpha_optimizer(config.search.alpha)
-    step = search.make_step(
+    mask = remedies.survivors(own)
+    relax = remedies.make_relaxation(own, mask)
+    whole = remedies.with_auxiliary_skip(own, relax)
+    step = remedies.make_step(
+        own,
         network,
+        relax,
         make_estimator(config.search, w),
         w,
         alpha,
-        skip_nonfinite=config.run.skip_nonfinite,
+        config.run.skip_nonfinite,
+        num_steps,
     )
+    eigenvalue = remedies.make_eigenvalue(network, whole, dataset, val, batch_size, num_steps)
 
     def init() -> search.SearchState:
-        shape = dataset.image_shape
-        return search.init(jax.random.key(seed), network, w, alpha, shape)
+        key, shape = jax.random.key(seed), dataset.image_shape
+        return search.init(key, network, w, alpha, shape, remedies.init_alpha(own))
+
+    def end(state: search.SearchState) -> dict[str, Any]:
+        due = own.eigenvalue_every and state.step // steps_per_epoch % own.eigenvalue_every == 0
+        record = partial(remedies.recorded, mask=mask)
+        return end_epoch(workdir, record, eigenvalue if due else None, state)
 
     def train_batches(epoch: int) -> list[Indices]:
         order = data.epoch_indices(seed, epoch, train_size, batch_size)
@@ -287,18 +311,20 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
         name="search step",
         init=init,
         train_step=make_train_step(step, config.data, dataset),
-        eval_step=make_eval_step(search.make_evaluate(network), dataset),
+        eval_step=make_eval_step(search.make_evaluate(network, whole), dataset),
         data=devices.keep(Images(train, val)),
         train_batches=train_batches,
         eval_batches=list(data.padded_indices(val_size, batch_size)),
         epochs=epochs,
         steps_per_epoch=steps_per_epoch,
-        end_epoch=partial(end_epoch, workdir),
+        end_epoch=end,
         checked=search.checked,
-        draw=partial(draw, workdir),
+        stop=lambda lines: remedies.stop_line(own, lines) is not None,
+        draw=partial(draw, workdir, own),
         facts={
             "train images": data.fingerprint(train),
             "validation images": data.fingerprint(val),
+            **remedies.facts(mask),
         },
         place=devices.replicate,
     )
@@ -312,6 +338,7 @@ def check(config: Config) -> None:
     command_line.check_at_least(
         ("network.channels", config.network.channels, 1),
         ("network.nodes", config.network.nodes, 1),
+        ("network.partial", config.network.partial, 1),
         ("search.epochs", config.search.epochs, 1),
         ("search.alpha.learning-rate", alpha.learning_rate, 0),
         ("search.alpha.b1", alpha.b1, 0),
@@ -324,29 +351,34 @@ def check(config: Config) -> None:
     if not config.search.radius > 0:
         raise ValueError(f"--search.radius is {config.search.radius}; give more than 0")
     command_line.check_below_one(("search.alpha.b1", alpha.b1), ("search.alpha.b2", alpha.b2))
+    remedies.check(config.search.remedies)
     command_line.check_seed(config.seed)
     check_run(config.run)
 
 
-def found(epochs: Sequence[dict[str, Any]]) -> genotype.Genotype:
-    """The cells that the last of some epochs stands for."""
-    return genotype.derive(epochs[-1]["alpha"])
+def found(own: RemediesConfig, epochs: Sequence[dict[str, Any]]) -> genotype.Genotype:
+    """The cells that the last of some epochs stands for, or the one that an early stop goes to."""
+    return genotype.derive((remedies.stop_line(own, epochs) or epochs[-1])["alpha"])
 
 
-def draw(workdir: Path, epochs: Sequence[dict[str, Any]]) -> list[Path]:
+def draw(workdir: Path, own: RemediesConfig, epochs: Sequence[dict[str, Any]]) -> list[Path]:
     """Draws the cells that were found, and the alphas over time; returns the pictures, PNG."""
     from darts_jax import plots  # matplotlib
 
     alphas = {
         name: np.array([line["alpha"][name] for line in epochs]) for name in ("normal", "reduce")
     }
-    cells = found(epochs)
+    cells = found(own, epochs)
     genotype.save(cells, workdir / "genotype.json")
     plots.draw_genotype(cells, workdir)
     plots.draw_alphas(
         [line["step"] for line in epochs], alphas, genotype.CNN_PRIMITIVES, workdir / "alphas"
     )
-    return [workdir / f"{name}.png" for name in (*alphas, "alphas")]
+    names = [*alphas, "alphas"]
+    if any("eigenvalue" in line for line in epochs):
+        remedies.draw_eigenvalues(own, epochs, workdir / "eigenvalue")
+        names.append("eigenvalue")
+    return [workdir / f"{name}.png" for name in names]
 
 
 def search_cells(
@@ -356,7 +388,7 @@ def search_cells(
     with command_line.user_errors():
         job = make_job(config, dataset, workdir)
     result = runner.run(job, config, workdir, display)
-    return found(result.epochs), result
+    return found(config.search.remedies, result.epochs), result
 
 
 def summary(cells: genotype.Genotype, result: runner.Result, workdir: Path, command: str) -> Table:

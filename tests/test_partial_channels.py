@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.core import FrozenDict
 
 from darts_jax import cells, hypergradient, relaxation, search
 from darts_jax.networks import Supernet
@@ -97,7 +98,7 @@ def test_switched_off_is_the_plain_cell_bit_for_bit():
 @pytest.mark.parametrize("partial", [0, 4])
 def test_partial_must_divide_the_channels(partial):
     network = Supernet(6, 3, 10, partial=partial)
-    with pytest.raises(ValueError, match=f"partial is {partial}; give a divisor of the 6"):
+    with pytest.raises(ValueError, match=f"partial is {partial}; give a divisor of 6 channels"):
         jax.eval_shape(
             lambda: network.init(
                 jax.random.key(0),
@@ -117,7 +118,7 @@ def network(**options):
     names = ("none", *table)
     if options.pop("skip", False):
         table, names = {**table, SKIP: OPERATIONS["skip_connect"]}, (*names, SKIP)
-    return Supernet(4, 3, 10, nodes=1, operations=table, primitives=names, **options)
+    return Supernet(4, 3, 10, nodes=1, operations=FrozenDict(table), primitives=names, **options)
 
 
 def start(net, **options):
@@ -136,6 +137,7 @@ def batch(seed):
     return search.Batch(draw(seed, (4, 8, 8, 1)).astype(jnp.float32), jnp.arange(4))
 
 
+@pytest.mark.slow
 def test_a_search_with_partial_channels_and_edge_weights():
     """Fewer parameters, and betas that move."""
     net = network(partial=2)
@@ -158,7 +160,7 @@ def test_a_search_with_partial_channels_and_edge_weights():
     assert np.isfinite(evaluate(state, batch(0), jnp.ones(4, bool))[0])
 
 
-def test_an_auxiliary_skip_adds_itself_to_every_edge(x64):
+def test_an_auxiliary_skip_adds_itself_to_every_edge():
     """Against the same network whose own skip connection has the sum of both weights."""
     net, plain = network(skip=True), network()
     state, alone = start(net, fixed=1), start(plain)

@@ -54,6 +54,17 @@ def test_alphas_do_not_matter_where_the_accuracy_says_otherwise():
     assert {name for name, _ in found.normal + found.reduce} == {"sep_conv_3x3"}
 
 
+def test_an_operation_without_weight_is_not_kept():
+    """Even where the others do harm."""
+    state = {cell: np.tile([0.0, 0.0, -1.0, -2.0], (5, 1)) for cell in ("normal", "reduce")}
+
+    def shrunk(state):
+        return {cell: np.tile([0.0, 0.0, 0.5, 0.5], (5, 1)) for cell in state}
+
+    found = perturbation.select(state, shrunk, accuracy, np.random.default_rng(0), NAMES)
+    assert {name for name, _ in found.normal + found.reduce} == {"max_pool_3x3"}
+
+
 def test_what_is_evaluated():
     """One operation of one edge away at a time; decided edges are one-hot, or gone."""
     seen = []
