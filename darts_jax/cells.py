@@ -7,6 +7,9 @@ The cell's output is the concatenation of its nodes.
 
 Parameters, running statistics and work are grouped by source state: the K edges that leave a state
 share their input, so each operation runs once for all of them.
+
+With partial channels, of PC-DARTS (arXiv 1907.05737), operations work on some of the channels, and
+the others pass by them.
 """
 
 import itertools
@@ -20,7 +23,15 @@ import numpy as np
 from jax import Array, lax
 
 from darts_jax import genotype
-from darts_jax.operations import EPSILON, Moments, Operation, moments, normalize, unbiased
+from darts_jax.operations import (
+    EPSILON,
+    Moments,
+    Operation,
+    first_max,
+    moments,
+    normalize,
+    unbiased,
+)
 
 PyTree = Any
 Operations = Mapping[str, Operation]
@@ -98,17 +109,22 @@ def relaxed(
     reduction: bool,
     operations: Operations,
     columns: Mapping[str, int],
+    partial: int = 1,
+    edge_weights: Array | None = None,
 ) -> tuple[Array, Moments | None]:
     """Output of a relaxed cell, and the statistics of the batch.
 
     Args:
-      params: as in `shapes`.
-      running: as in `running_statistics`, to normalise by. If None, normalise by the batch.
+      params: as in `shapes`, of C / partial channels.
+      running: as in `running_statistics`, of C / partial channels, to normalise by. If None,
+        normalise by the batch.
       inputs: states 0 and 1, each [N, H, W, C].
       weights: mixing weights [edges, candidates], rows ordered by destination, then by source.
       reduction: whether the cell halves height and width.
       operations: the candidates by name.
       columns: each candidate's column in weights.
+      partial: one of so many channels goes through the operations.
+      edge_weights: [edges], factors of what they pass on; all 1 by default.
 
     Returns:
       [N, H', W', nodes * C], and, if running is None, the batch's unbiased moments like it.
@@ -121,7 +137,8 @@ def relaxed(
     by_source = weights[order[:, None], np.array([columns[name] for name in operations])]
     rows = lax.split(by_source, [len(source.edges) for source in groups], axis=0)
     states, nodes = list(inputs), {}
-    nothing = jnp.zeros((0, inputs[0].shape[-1]), inputs[0].dtype)
+    share = inputs[0].shape[-1] // partial
+    nothing = jnp.zeros((0, share), inputs[0].dtype)
     gathered = [Moments(nothing, nothing)]
     for i, (source, source_weights, part) in enumerate(zip(groups, rows, parts, strict=True)):
         if i >= 2:
@@ -129,12 +146,16 @@ def relaxed(
         mixed, batch = mixed_operation(
             part,
             None if running is None else next(running_parts),
-            states[i],
+            states[i] if partial == 1 else states[i][..., :share],
             source_weights,
             stride=source.stride,
             operations=operations,
         )
         gathered += batch
+        if partial > 1:
+            mixed = beside_bypass(mixed, states[i][..., share:], source.stride)
+        if edge_weights is not None:
+            mixed = mixed * edge_weights[np.array(source.edges), None]
         # Split rather than slice: its gradient is one concatenation, not a sum of padded slices.
         arrivals = lax.split(mixed, [1] * len(source.edges), axis=3)
         for node, arriving in zip(source.destinations, arrivals, strict=True):
@@ -143,6 +164,29 @@ def relaxed(
     if running is not None:
         return output, None
     return output, jax.tree.map(lambda *rows: lax.concatenate(rows, 0), *gathered)
+
+
+def beside_bypass(mixed: Array, bypass: Array, stride: int) -> Array:
+    """The channels that went through the operations, and those that did not, shuffled.
+
+    PC-DARTS: at stride 2 the others go through 2x2 max pooling. Then channel g * share + c moves to
+    c * groups + g: the next operation meets one of the first group and others in turn.
+
+    Args:
+      mixed: [N, H', W', K, share].
+      bypass: [N, H, W, (groups - 1) * share].
+      stride: 1, or 2 where H is 2 H'.
+
+    Returns:
+      [N, H', W', K, groups * share].
+    """
+    if stride == 2:
+        rows = first_max(bypass[:, ::2], bypass[:, 1::2])
+        bypass = first_max(rows[:, :, ::2], rows[:, :, 1::2])
+    others = jnp.broadcast_to(bypass[..., None, :], (*mixed.shape[:-1], bypass.shape[-1]))
+    together = lax.concatenate([mixed, others], 4)
+    groups = (together.shape[-1] // mixed.shape[-1], mixed.shape[-1])
+    return together.reshape(*together.shape[:-1], *groups).swapaxes(-1, -2).reshape(together.shape)
 
 
 def split_rows(tree: PyTree, sizes: Sequence[int]) -> list[PyTree]:

@@ -39,7 +39,12 @@ def count_nodes(num_edges: int, num_inputs: int = CNN_NUM_INPUTS) -> int:
 
 
 def derive_cell(
-    alpha: ArrayLike, primitives: Sequence[str], edges_per_node: int, num_inputs: int
+    alpha: ArrayLike,
+    primitives: Sequence[str],
+    edges_per_node: int,
+    num_inputs: int,
+    with_none: bool = False,
+    edge_alpha: ArrayLike | None = None,
 ) -> tuple[Edge, ...]:
     """Returns the strongest edges into each node of one cell, strongest first within a node.
 
@@ -49,12 +54,17 @@ def derive_cell(
 
     Args:
       alpha: [edges, operations] real, rows in the order of `edges`; the number of nodes follows.
+        An operation of -inf is not chosen where an edge has another one.
       primitives: names of the columns.
       edges_per_node: how many edges each node keeps.
       num_inputs: how many input states the cell has.
+      with_none: `none` can be chosen like any other operation.
+      edge_alpha: [edges] real; strengths are multiplied by their softmax over the edges into a
+        node, as in PC-DARTS (arXiv 1907.05737).
 
     Raises:
-      ValueError: if alpha has another shape or holds a value that is not finite.
+      ValueError: if alpha has another shape or holds a value that is not finite, but for -inf in a
+        row with a finite one.
     """
     alpha = _matrix(alpha, len(primitives))
     num_nodes = count_nodes(len(alpha), num_inputs)
@@ -63,9 +73,13 @@ def derive_cell(
             f"the first node has {num_inputs} incoming edges and cannot keep {edges_per_node};"
             f" keep 1 to {num_inputs} per node"
         )
-    columns = [i for i, name in enumerate(primitives) if name != "none"]
+    columns = [i for i, name in enumerate(primitives) if with_none or name != "none"]
     choice = [columns[i] for i in alpha[:, columns].argmax(axis=1)]
     strength = _log_softmax(alpha)[np.arange(len(alpha)), choice]
+    if edge_alpha is not None:
+        beta = _matrix(np.reshape(edge_alpha, (len(alpha), 1)), 1)
+        ends = np.cumsum(range(num_inputs, num_inputs + num_nodes))[:-1]
+        strength = strength + np.concatenate([_log_softmax(p.T)[0] for p in np.split(beta, ends)])
 
     kept, row = [], 0
     for num_sources in range(num_inputs, num_inputs + num_nodes):
@@ -86,8 +100,9 @@ def _matrix(alpha: ArrayLike, num_operations: int) -> np.ndarray:
         raise ValueError(
             f"shape {list(alpha.shape)}; alpha is [edges, {num_operations} operations]"
         )
-    if not np.isfinite(alpha).all():
-        row, column = np.argwhere(~np.isfinite(alpha))[0]
+    excluded = np.isneginf(alpha) & np.isfinite(alpha).any(axis=1, keepdims=True)
+    if not (np.isfinite(alpha) | excluded).all():
+        row, column = np.argwhere(~np.isfinite(alpha) & ~excluded)[0]
         raise ValueError(
             f"element [{row}, {column}] is {alpha[row, column]};"
             " derive from the last alpha that is finite"

@@ -125,22 +125,30 @@ RNN = Kind(
 )
 
 
-def derive(alpha: Mapping[str, ArrayLike], primitives: Sequence[str] = CNN_PRIMITIVES) -> Genotype:
+def derive(
+    alpha: Mapping[str, ArrayLike],
+    primitives: Sequence[str] = CNN_PRIMITIVES,
+    with_none: bool = False,
+) -> Genotype:
     """Returns the discrete cells that alpha stands for; every node is concatenated.
 
     Args:
-      alpha: {"normal", "reduce"}: [edges, operations] real, 14 edges for the usual 4 nodes.
+      alpha: {"normal", "reduce"}: [edges, operations] real, 14 edges for the usual 4 nodes; and
+        "normal_edges" and "reduce_edges" [edges], if edges have weights of their own.
       primitives: names of the operations, columns of alpha.
+      with_none: `none` can be chosen like any other operation.
 
     Raises:
-      ValueError: if a cell is missing, has another shape, or holds a value that is not finite.
+      ValueError: if a cell is missing, has another shape, or holds a value that is not finite, but
+        for operations of -inf, which are not chosen.
     """
-    if set(alpha) != {"normal", "reduce"}:
+    if {name for name in alpha if not name.endswith("_edges")} != {"normal", "reduce"}:
         raise ValueError(f"alpha has the cells {sorted(alpha)}; it needs 'normal' and 'reduce'")
     cells = {}
     for name in ("normal", "reduce"):
         try:
-            cell = derive_cell(alpha[name], primitives, CNN_EDGES_PER_NODE, CNN_NUM_INPUTS)
+            own = alpha[name], primitives, CNN_EDGES_PER_NODE, CNN_NUM_INPUTS
+            cell = derive_cell(*own, with_none, alpha.get(f"{name}_edges"))
         except ValueError as error:
             raise ValueError(f"alpha[{name!r}]: {error}") from error
         num_nodes = len(cell) // CNN_EDGES_PER_NODE

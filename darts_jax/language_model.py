@@ -17,9 +17,9 @@ from darts_jax import recurrent, relaxation
 from darts_jax.genotype import RNN_PRIMITIVES, RecurrentGenotype
 from darts_jax.operations import Moments
 from darts_jax.recurrent import ACTIVATIONS, Masks, Trajectory
-from darts_jax.search import Relaxation
 
 PyTree = Any
+Relaxation = Callable[[PyTree], PyTree]  # of alpha alone: a text's batch has no context
 Cell = Callable[..., Trajectory]
 
 

@@ -28,6 +28,7 @@ from darts_jax.operations import (
     relu,
     update_running,
 )
+from darts_jax.relaxation import EDGES
 
 PyTree = Any
 STEM_MULTIPLIER = 3
@@ -139,6 +140,7 @@ class RelaxedCell(nn.Module):
       reduction_before: whether the cell before did, so that the older input is twice as large.
       operations: candidates by name.
       primitives: the columns of the mixing weights.
+      partial: one of so many channels goes through the operations.
     """
 
     channels: int
@@ -146,14 +148,23 @@ class RelaxedCell(nn.Module):
     reduction_before: bool
     operations: FrozenDict[str, Operation]
     primitives: tuple[str, ...]
+    partial: int = 1
 
     @nn.compact
-    def __call__(self, older: Array, newer: Array, weights: Array, train: bool) -> Array:
+    def __call__(
+        self,
+        older: Array,
+        newer: Array,
+        weights: Array,
+        train: bool,
+        edge_weights: Array | None = None,
+    ) -> Array:
         """Inputs [N, H, W, C], weights [edges, candidates] -> [N, H', W', nodes * channels]."""
         older_module = FactorizedReduce if self.reduction_before else ReluConvNorm
         older = older_module(self.channels, name="preprocess_0")(older, train)
         newer = ReluConvNorm(self.channels, name="preprocess_1")(newer, train)
-        layout = (self.channels, weights.shape[0], self.reduction, self.operations)
+        share = self.channels // self.partial
+        layout = (share, weights.shape[0], self.reduction, self.operations)
         params = self.param("edges", uniform_fan_in, cells.shapes(*layout), 1)
         stats = self.variable("batch_stats", "edges", cells.running_statistics, *layout)
         if self.is_initializing():  # eagerly, the cell would take a minute to compile
@@ -169,6 +180,8 @@ class RelaxedCell(nn.Module):
             reduction=self.reduction,
             operations=self.operations,
             columns={name: self.primitives.index(name) for name in self.operations},
+            partial=self.partial,
+            edge_weights=edge_weights,
         )
         if train:
             stats.value = update_running(stats.value, batch)
@@ -191,6 +204,8 @@ class Supernet(nn.Module):
       primitives: the columns of the mixing weights: "none" and the keys of operations.
       batch_norm_groups: equal slices of a training batch, each normalised by its own moments; that
         is what a loss does (`search.make_loss`), since a network sees one of them.
+      partial: one of so many channels goes through the operations, as in PC-DARTS; a divisor of
+        channels.
     """
 
     channels: int
@@ -200,6 +215,7 @@ class Supernet(nn.Module):
     operations: FrozenDict[str, Operation] = OPERATIONS
     primitives: tuple[str, ...] = CNN_PRIMITIVES
     batch_norm_groups: int = 1
+    partial: int = 1
 
     @nn.compact
     def __call__(self, x: Array, weights: Mapping[str, Array], train: bool) -> Array:
@@ -207,7 +223,8 @@ class Supernet(nn.Module):
 
         Args:
           x: images [N, H, W, channels], H and W divisible by 4.
-          weights: "normal" and "reduce", each [edges, candidates]: the mixing weights.
+          weights: "normal" and "reduce", each [edges, candidates]: the mixing weights. With
+            "normal_edges" and "reduce_edges", each [edges], edges are weighed, too.
           train: normalise by the batch, and update the running statistics.
 
         Returns:
@@ -215,7 +232,8 @@ class Supernet(nn.Module):
 
         Raises:
           ValueError: for fewer than 3 layers, an image size that does not halve twice, an operation
-            that is not both in operations and in primitives, or weights of another shape.
+            that is not both in operations and in primitives, weights of another shape, or channels
+            that are not a multiple of partial.
         """
         self._check(x.shape, weights)
         channels = self.channels
@@ -226,10 +244,17 @@ class Supernet(nn.Module):
             reduction = i in reductions(self.layers)
             channels *= 2 if reduction else 1
             cell = RelaxedCell(
-                channels, reduction, before, self.operations, self.primitives, name=f"cell_{i}"
+                channels,
+                reduction,
+                before,
+                self.operations,
+                self.primitives,
+                self.partial,
+                name=f"cell_{i}",
             )
-            mix = weights["reduce" if reduction else "normal"]
-            older, newer = newer, cell(older, newer, mix, train)
+            kind = "reduce" if reduction else "normal"
+            of_edges = weights.get(kind + EDGES)
+            older, newer = newer, cell(older, newer, weights[kind], train, of_edges)
             before = reduction
         features = newer.mean((1, 2))
         kernel = self.param("head_kernel", uniform_fan_in, (features.shape[-1], self.num_classes))
@@ -238,6 +263,10 @@ class Supernet(nn.Module):
 
     def _check(self, image_shape: tuple[int, ...], weights: Mapping[str, Array]) -> None:
         check_layout(self.layers, image_shape, halvings=2)
+        if self.partial < 1 or self.channels % self.partial:
+            raise ValueError(
+                f"partial is {self.partial}; give a divisor of {self.channels} channels"
+            )
         known = set(self.primitives) - {"none"}
         unmatched = sorted(known ^ set(self.operations))
         if unmatched:

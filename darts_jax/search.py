@@ -18,18 +18,24 @@ from jax import Array
 
 from darts_jax import finite, genotype, grouped, relaxation
 from darts_jax.hypergradient import Bilevel, Estimator, value_and_grad
+from darts_jax.relaxation import Context, Relaxation
 
 PyTree = Any
-Relaxation = Callable[[PyTree], PyTree]
 
 ALPHA_SCALE = 1e-3  # standard deviation of the initial alphas, the original's
+CONTEXT = 2  # folded into the key of a step, which is split in 0 and 1 elsewhere
 
 
 class Batch(NamedTuple):
-    """Images [B, H, W, C], floating point and normalised, and labels [B], integers."""
+    """Images [B, H, W, C], floating point and normalised, and labels [B], integers.
+
+    A relaxation that is random or changes in the course of a search finds what it needs in
+    `context` (see `with_context`).
+    """
 
     image: Array
     label: Array
+    context: Context | None = None
 
 
 class SearchState(NamedTuple):
@@ -113,12 +119,40 @@ class Inputs(NamedTuple):
     batch_stats: PyTree
 
 
+def init_alpha(
+    key: Array, network: nn.Module, edge_weights: bool = False, fixed: int = 0
+) -> dict[str, Array]:
+    """Alphas to begin with, normal of standard deviation 1e-3.
+
+    Args:
+      key: random key.
+      network: a `networks.Supernet`.
+      edge_weights: with leaves "normal_edges" and "reduce_edges" [edges], too, for
+        `relaxation.edge_weighted`.
+      fixed: how many of the network's last primitives have no column in alpha: 1 for
+        `relaxation.with_auxiliary_skip`.
+
+    Returns:
+      {"normal", "reduce"}: [edges, candidates].
+    """
+    edges = len(genotype.edges(network.nodes))
+    shape = (edges, len(network.primitives) - fixed)
+    keys = dict(zip(("normal", "reduce"), jax.random.split(key), strict=True))
+    alpha = {name: ALPHA_SCALE * jax.random.normal(k, shape) for name, k in keys.items()}
+    if edge_weights:
+        for name, k in keys.items():
+            values = jax.random.normal(jax.random.fold_in(k, 1), (edges,))
+            alpha[name + relaxation.EDGES] = ALPHA_SCALE * values
+    return alpha
+
+
 def init(
     key: Array,
     network: nn.Module,
     w_optimizer: optax.GradientTransformation,
     alpha_optimizer: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
+    make_alpha: Callable[[Array, nn.Module], PyTree] = init_alpha,
 ) -> SearchState:
     """The state before the first iteration.
 
@@ -130,12 +164,13 @@ def init(
       w_optimizer: trains the weights.
       alpha_optimizer: trains alpha.
       image_shape: (height, width, channels) of one image.
+      make_alpha: (random key, network) -> the alphas to begin with.
     """
     w_key, alpha_key, state_key = jax.random.split(key, 3)
+    alpha = make_alpha(alpha_key, network)
     shape = (len(genotype.edges(network.nodes)), len(network.primitives))
-    keys = dict(zip(("normal", "reduce"), jax.random.split(alpha_key), strict=True))
-    alpha = {name: ALPHA_SCALE * jax.random.normal(k, shape) for name, k in keys.items()}
-    variables = network.init(w_key, jnp.zeros((1, *image_shape)), alpha, train=True)
+    weights = dict.fromkeys(("normal", "reduce"), jnp.zeros(shape))  # their values do not count
+    variables = network.init(w_key, jnp.zeros((1, *image_shape)), weights, train=True)
     w = variables["params"]
 
     def fresh(opt_state):  # an optimizer may return w itself, which cannot be donated twice
@@ -166,7 +201,8 @@ def make_loss(network: nn.Module, relax: Relaxation = relaxation.softmax) -> Cal
 @lru_cache
 def _make_loss(network: nn.Module, relax: Relaxation) -> Callable:
     def loss(w, alpha, inputs: Inputs):
-        variables, weights = {"params": w, "batch_stats": inputs.batch_stats}, relax(alpha)
+        variables = {"params": w, "batch_stats": inputs.batch_stats}
+        weights = relax(alpha, inputs.batch.context)
 
         def forward(image):
             return network.apply(variables, image, weights, train=True, mutable=["batch_stats"])
@@ -298,17 +334,45 @@ def make_task_step(
     return step
 
 
+def with_context(step: Callable, num_steps: int) -> Callable:
+    """The step of `make_step` for relaxations that need a key, or how far the search is.
+
+    Each batch is given a `relaxation.Context` of its own. The key of the two is fold_in(state.key,
+    state.step): steps differ, and a resumed search draws what it would have drawn. Within a step
+    every pass over the training batch sees the same weights, the estimator's and the weight step's
+    alike, and so the unrolled step is the step that is taken; the validation batch has a key of its
+    own.
+
+    Args:
+      step: as `make_step` makes it.
+      num_steps: iterations of the whole search, after which the progress is 1.
+    """
+
+    @jax.jit
+    def contexts(key, count):
+        keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, count), CONTEXT))
+        return tuple(Context(key, count / num_steps) for key in keys)
+
+    def step_with_context(state, train_batch, val_batch):
+        train, val = contexts(state.key, state.step)
+        return step(state, train_batch._replace(context=train), val_batch._replace(context=val))
+
+    return step_with_context
+
+
 def make_evaluate(
     network: nn.Module, relax: Relaxation = relaxation.softmax
 ) -> Callable[[SearchState, Batch, Array], tuple[Array, Array]]:
     """`evaluate(state, batch, mask) -> (summed loss, correct)`, by running statistics.
 
+    Without the noise of a random relaxation, and by schedules' values at the end of the search.
     mask [B] is true where the batch holds an example, and not padding.
     """
 
     def evaluate(state, batch, mask):
         variables = {"params": state.w, "batch_stats": state.carry}
-        logits = network.apply(variables, batch.image, relax(state.alpha), train=False)
+        weights = relax(state.alpha, relaxation.EVALUATION)
+        logits = network.apply(variables, batch.image, weights, train=False)
         losses = cross_entropy(logits, batch.label)
         correct = logits.argmax(-1) == batch.label
         return jnp.where(mask, losses, 0).sum(), (correct & mask).sum()

@@ -183,6 +183,8 @@ def _frame(line: Mapping[str, Any], first: Sequence[Frame]) -> Frame:
         cells, alpha = genotype.derive_recurrent(alpha), {"recurrent": alpha}
     weights = {}
     for name, values in alpha.items():
+        if name.endswith("_edges"):
+            continue
         power = np.exp(np.array(values) - np.max(values, axis=1, keepdims=True))
         weights[name] = power / power.sum(axis=1, keepdims=True)
     for other in first:

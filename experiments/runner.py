@@ -61,6 +61,7 @@ class Job(NamedTuple):
       end_epoch: called with the state after each epoch; returns what to record besides metrics.
       checked: state -> a pytree that names what must be finite in a step, by its structure.
       next_epoch: (state, the lines of kind "epoch" so far) -> state to go on with.
+      stop: the lines of kind "epoch" so far -> whether to end before all epochs have run.
       draw: called with the lines of kind "epoch", at the end; returns the pictures, PNG.
       facts: what else than the config makes the run what it is, such as hashes of its data.
       place: a state, as `init` or a checkpoint gives it -> the state on the devices.
@@ -78,6 +79,7 @@ class Job(NamedTuple):
     end_epoch: Callable[[PyTree], dict[str, Any]]
     checked: Callable[[PyTree], PyTree]
     next_epoch: Callable[[PyTree, Sequence[dict[str, Any]]], PyTree] = lambda state, lines: state
+    stop: Callable[[Sequence[dict[str, Any]]], bool] = lambda lines: False
     draw: Callable[[Sequence[dict[str, Any]]], Sequence[Path]] = lambda lines: ()
     facts: Mapping[str, str] = MappingProxyType({})
     place: Callable[[PyTree], PyTree] = lambda state: state
@@ -133,7 +135,7 @@ def run(job: Job, config: Any, workdir: Path, display: Display) -> Result:
     with _stop_signal() as stop, ExitStack() as stack:
         step, saved, log = _open_everywhere(job, config, workdir, display)
         stack.enter_context(log)
-        if len(log.epochs) >= job.epochs:
+        if len(log.epochs) >= job.epochs or _stopped(job, log):
             _draw(job, log, step, workdir, display)
             return Result(devices.gather(saved.state), log.epochs, compile_seconds=0.0)
         compile_seconds = _compile_all(job, saved.state, step, display, stop)
@@ -145,8 +147,21 @@ def run(job: Job, config: Any, workdir: Path, display: Display) -> Result:
         state = devices.gather(state)
         with writing(workdir):
             checkpoint.finish(saver)
-        _draw(job, log, job.epochs * job.steps_per_epoch, workdir, display)
+        _draw(job, log, len(log.epochs) * job.steps_per_epoch, workdir, display)
         return Result(state, log.epochs, compile_seconds)
+
+
+def restore(job: Job, workdir: Path) -> PyTree:
+    """The state in the newest checkpoint of a job's workdir.
+
+    Raises:
+      ValueError: if there is none, or it is another job's.
+    """
+    like = _Saved(job.init(), log_size=0, epoch_seconds=0.0)
+    found = checkpoint.restore_latest(workdir / CHECKPOINTS, like)
+    if found is None:
+        raise ValueError(f"{workdir} holds no checkpoint; give the folder of a run that has begun")
+    return found.state.state
 
 
 def _loop(
@@ -194,7 +209,14 @@ def _loop(
                     checkpoint.finish(saver)
             if signum:
                 raise Interrupted(signum, step)
+        if _stopped(job, log):
+            break
     return state
+
+
+def _stopped(job: Job, log: Log) -> bool:
+    """Whether the job ends early: as the first process says, which has all that is recorded."""
+    return bool(distributed.largest(distributed.is_first() and job.stop(log.epochs)))
 
 
 def _due(stop: SimpleNamespace, at: float) -> bool:

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from darts_jax import data, genotype, hypergradient, search
 from darts_jax.networks import Supernet
-from experiments import command_line, devices, runner, seeds
+from experiments import command_line, devices, remedies, runner, seeds
 from experiments.config import (
     AlphaConfig,
     DataConfig,
@@ -40,6 +40,7 @@ from experiments.config import (
 from experiments.images import make_augment, plain_batch
 from experiments.memory import peak_memory
 from experiments.metrics import Display
+from experiments.remedies import RemediesConfig
 from experiments.run_config import RunConfig, check_run, prepare
 from experiments.workdir import opened
 
@@ -58,6 +59,8 @@ class NetworkConfig:
     """Intermediate nodes of each cell."""
     batch_norm_groups: int = 1
     """Slices of a batch, each normalised by itself; as many as devices: each device's own part."""
+    partial: int = 1
+    """One of so many channels goes through the operations (PC-DARTS); a divisor of channels."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class SearchConfig:
     """Images in a batch, for w and for alpha alike."""
     w: WConfig = field(default_factory=WConfig)
     alpha: AlphaConfig = field(default_factory=AlphaConfig)
+    remedies: RemediesConfig = field(default_factory=RemediesConfig)
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,7 @@ def supernet(config: NetworkConfig, num_classes: int) -> Supernet:
         num_classes,
         config.nodes,
         batch_norm_groups=config.batch_norm_groups,
+        partial=config.partial,
     )
 
 
@@ -250,11 +255,17 @@ def make_eval_step(
     return lambda state, images, batch: eval_step(state, images, devices.spread(batch, 0))
 
 
-def end_epoch(workdir: Path, state: search.SearchState) -> dict[str, Any]:
-    """Saves the cells so far; returns the alphas, to be recorded."""
-    alpha = jax.device_get(state.alpha)
+def end_epoch(
+    workdir: Path,
+    record: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
+    eigenvalue: Callable[[search.SearchState], float] | None,
+    state: search.SearchState,
+) -> dict[str, Any]:
+    """Saves the cells so far; returns the alphas, to be recorded, and the eigenvalue if wanted."""
+    alpha = record(jax.device_get(state.alpha))
     genotype.save(genotype.derive(alpha), workdir / "genotype.json")
-    return {"alpha": {name: values.tolist() for name, values in alpha.items()}}
+    line: dict[str, Any] = {"alpha": {name: values.tolist() for name, values in alpha.items()}}
+    return line if eigenvalue is None else line | {"eigenvalue": eigenvalue(state)}
 
 
 def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job:
@@ -268,26 +279,43 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
     train, val = data.split_search(dataset.train, config.search.train_portion)
     train_size, val_size = len(train.labels), len(val.labels)
     steps_per_epoch = len(data.epoch_indices(config.seed, 0, train_size, batch_size))
-    network = supernet(config.network, dataset.num_classes)
+    own, num_steps = config.search.remedies, epochs * steps_per_epoch
+    network = remedies.extend(own, supernet(config.network, dataset.num_classes))
     w = w_optimizer(config.search.w, w_schedule(config.search.w, epochs, steps_per_epoch))
     alpha = alpha_optimizer(config.search.alpha)
-    step = search.make_step(
+    mask = remedies.survivors(own)
+    relax = remedies.make_relaxation(own, mask)
+    whole = remedies.with_auxiliary_skip(own, relax)
+    step = remedies.make_step(
+        own,
         network,
+        relax,
         make_estimator(config.search, w),
         w,
         alpha,
-        skip_nonfinite=config.run.skip_nonfinite,
+        config.run.skip_nonfinite,
+        num_steps,
     )
+    eigenvalue = remedies.make_eigenvalue(network, whole, dataset, val, batch_size, num_steps)
 
     train_step = make_train_step(step, config.data, dataset)
-    eval_step = make_eval_step(search.make_evaluate(network), dataset)
+    eval_step = make_eval_step(search.make_evaluate(network, whole), dataset)
     images = devices.keep(Images(train, val))
-    facts = {"train images": data.fingerprint(train), "validation images": data.fingerprint(val)}
+    facts = {
+        "train images": data.fingerprint(train),
+        "validation images": data.fingerprint(val),
+        **remedies.facts(mask),
+    }
+
+    def end(folder: Path, state: search.SearchState) -> dict[str, Any]:
+        due = own.eigenvalue_every and state.step // steps_per_epoch % own.eigenvalue_every == 0
+        record = partial(remedies.recorded, mask=mask)
+        return end_epoch(folder, record, eigenvalue if due else None, state)
 
     def alone(seed: int, folder: Path) -> runner.Job:
         def init() -> search.SearchState:
-            shape = dataset.image_shape
-            return search.init(jax.random.key(seed), network, w, alpha, shape)
+            key, shape = jax.random.key(seed), dataset.image_shape
+            return search.init(key, network, w, alpha, shape, remedies.init_alpha(own))
 
         def train_batches(epoch: int) -> list[Indices]:
             order = data.epoch_indices(seed, epoch, train_size, batch_size)
@@ -304,14 +332,17 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
             eval_batches=list(data.padded_indices(val_size, batch_size)),
             epochs=epochs,
             steps_per_epoch=steps_per_epoch,
-            end_epoch=partial(end_epoch, folder),
+            end_epoch=partial(end, folder),
             checked=search.checked,
-            draw=partial(draw, folder),
+            stop=lambda lines: remedies.stop_line(own, lines) is not None,
+            draw=partial(draw, folder, own),
             facts=facts,
             place=devices.replicate,
         )
 
-    return seeds.together(alone, seeds_of(config), config.seeds_at_once, workdir)
+    return seeds.together(
+        alone, seeds_of(config), config.seeds_at_once, workdir, partial(found, own)
+    )
 
 
 def seeds_of(config: Config) -> range:
@@ -327,6 +358,7 @@ def check(config: Config) -> None:
     command_line.check_at_least(
         ("network.channels", config.network.channels, 1),
         ("network.nodes", config.network.nodes, 1),
+        ("network.partial", config.network.partial, 1),
         ("search.epochs", config.search.epochs, 1),
         ("search.alpha.learning-rate", alpha.learning_rate, 0),
         ("search.alpha.b1", alpha.b1, 0),
@@ -339,29 +371,38 @@ def check(config: Config) -> None:
     if not config.search.radius > 0:
         raise ValueError(f"--search.radius is {config.search.radius}; give more than 0")
     command_line.check_below_one(("search.alpha.b1", alpha.b1), ("search.alpha.b2", alpha.b2))
+    remedies.check(config.search.remedies)
     seeds.check(config.seed, config.seeds, config.seeds_at_once)
+    if config.seeds > 1 and config.search.remedies.stop_ratio:
+        raise ValueError(
+            "--search.remedies.stop-ratio ends each search at a time of its own; give --seeds 1"
+        )
     check_run(config.run)
 
 
-def found(epochs: Sequence[dict[str, Any]]) -> genotype.Genotype:
-    """The cells that the last of some epochs stands for."""
-    return genotype.derive(epochs[-1]["alpha"])
+def found(own: RemediesConfig, epochs: Sequence[dict[str, Any]]) -> genotype.Genotype:
+    """The cells that the last of some epochs stands for, or the one that an early stop goes to."""
+    return genotype.derive((remedies.stop_line(own, epochs) or epochs[-1])["alpha"])
 
 
-def draw(workdir: Path, epochs: Sequence[dict[str, Any]]) -> list[Path]:
+def draw(workdir: Path, own: RemediesConfig, epochs: Sequence[dict[str, Any]]) -> list[Path]:
     """Draws the cells that were found, and the alphas over time; returns the pictures, PNG."""
     from darts_jax import plots  # matplotlib
 
     alphas = {
         name: np.array([line["alpha"][name] for line in epochs]) for name in ("normal", "reduce")
     }
-    cells = found(epochs)
+    cells = found(own, epochs)
     genotype.save(cells, workdir / "genotype.json")
     plots.draw_genotype(cells, workdir)
     plots.draw_alphas(
         [line["step"] for line in epochs], alphas, genotype.CNN_PRIMITIVES, workdir / "alphas"
     )
-    return [workdir / f"{name}.png" for name in (*alphas, "alphas")]
+    names = [*alphas, "alphas"]
+    if any("eigenvalue" in line for line in epochs):
+        remedies.draw_eigenvalues(own, epochs, workdir / "eigenvalue")
+        names.append("eigenvalue")
+    return [workdir / f"{name}.png" for name in names]
 
 
 def search_cells(
@@ -371,17 +412,21 @@ def search_cells(
     with command_line.user_errors():
         job = make_job(config, dataset, workdir)
     result = runner.run(job, config, workdir, display)
-    return found(seeds.of_best(result.epochs, seeds_of(config))), result
+    return found(config.search.remedies, seeds.of_best(result.epochs, seeds_of(config))), result
 
 
 def summary(
     cells: genotype.Genotype,
     result: runner.Result,
     own_seeds: Sequence[int],
+    find: Callable[[Sequence[dict[str, Any]]], genotype.Genotype],
     workdir: Path,
     command: str,
 ) -> Table:
-    """The table that a search ends with; the cells are those of the best seed."""
+    """The table that a search ends with; the cells are those of the best seed.
+
+    `find` gives the cells of the lines of kind "epoch" of one.
+    """
 
     def cell(edges: Sequence[genotype.Edge]) -> str:
         pairs = zip(edges[::2], edges[1::2], strict=True)
@@ -402,7 +447,7 @@ def summary(
         )
         return f"accuracy {accuracy}%, loss {loss}"
 
-    seeds.add_rows(table, result.epochs, own_seeds, validation)
+    seeds.add_rows(table, result.epochs, own_seeds, validation, find)
     table.add_row(
         "time",
         f"{result.seconds:.0f} s search, all {len(result.epochs)} epochs;"
@@ -432,7 +477,8 @@ def run(argv: Sequence[str]) -> None:
     command = command_line.command(
         "experiments.evaluate_cnn", [preset, *own, "--genotype", str(file)]
     )
-    display.console.print(summary(cells, result, seeds_of(config), workdir, command))
+    find = partial(found, config.search.remedies)
+    display.console.print(summary(cells, result, seeds_of(config), find, workdir, command))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

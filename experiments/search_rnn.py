@@ -309,7 +309,7 @@ def make_job(config: Config, corpus: Corpus, workdir: Path) -> runner.Job:
             place=partial(place, columns=0 if config.seeds == 1 else 1),
         )
 
-    return seeds.together(alone, seeds_of(config), config.seeds_at_once, workdir)
+    return seeds.together(alone, seeds_of(config), config.seeds_at_once, workdir, found)
 
 
 def seeds_of(config: Config) -> range:
@@ -390,7 +390,7 @@ def summary(
         perplexities = np.array([texts.perplexity(loss) for loss in losses])
         return f"perplexity {seeds.mean_text(perplexities, 1)}, of the relaxed model"
 
-    seeds.add_rows(table, result.epochs, own_seeds, validation)
+    seeds.add_rows(table, result.epochs, own_seeds, validation, found)
     unigram, bigram = (
         f(corpus, "valid") for f in (text.unigram_perplexity, text.bigram_perplexity)
     )

@@ -22,6 +22,8 @@ from experiments import command_line, runner
 from experiments.recurrent_cell import START
 
 PyTree = Any
+# From the lines of kind "epoch" of one search to the cells that it has found.
+Find = Callable[[Sequence[dict[str, Any]]], genotype.AnyGenotype]
 
 OF_SEED = "_of_seed_"  # in names of what is recorded of one of several seeds
 CHOICES = "choices"  # files of a workdir: how often each operation was chosen
@@ -51,6 +53,7 @@ def together(
     seeds: Sequence[int],
     at_once: int | None,
     workdir: Path,
+    find: Find,
 ) -> runner.Job:
     """The job of some seeds; that of one is as it is alone.
 
@@ -62,6 +65,7 @@ def together(
         None for all, but for one on a CPU, where convolutions gain nothing from a batch of seeds
         (see docs/performance.md).
       workdir: of all of them.
+      find: the cells of one.
     """
     if len(seeds) == 1:
         return alone(seeds[0], workdir)
@@ -85,11 +89,10 @@ def together(
         return means, counts[0]
 
     def end_epoch(states: PyTree) -> dict[str, Any]:
-        alphas, recorded = jax.device_get(states.alpha), {}
+        recorded: dict[str, Any] = {}
         for i, (seed, one) in enumerate(zip(seeds, jobs, strict=True)):
             folder(workdir, seed).mkdir(exist_ok=True)
-            # Of the state, only alpha is looked at.
-            own = one.end_epoch(states._replace(alpha=jax.tree.map(lambda x, i=i: x[i], alphas)))
+            own = one.end_epoch(jax.tree.map(partial(_row, index=i), states))
             recorded |= {f"{name}{OF_SEED}{seed}": value for name, value in own.items()}
         return recorded
 
@@ -98,7 +101,7 @@ def together(
         for seed, one in zip(seeds, jobs, strict=True):
             folder(workdir, seed).mkdir(exist_ok=True)
             pictures += one.draw(of_seed(lines, seed))
-        return [*pictures, _save_choices(lines, seeds, workdir)]
+        return [*pictures, _save_choices(lines, seeds, workdir, find)]
 
     return job._replace(
         init=lambda: _stack([one.init() for one in jobs]),
@@ -159,6 +162,7 @@ def add_rows(
     lines: Sequence[Mapping[str, Any]],
     seeds: Sequence[int],
     validation: Callable[[Sequence[int]], str],
+    find: Find,
 ) -> None:
     """Adds what a search ends with to its table: of all seeds, then of each, and how they agree.
 
@@ -167,6 +171,7 @@ def add_rows(
       lines: of kind "epoch".
       seeds: of the searches.
       validation: some of the seeds -> their figures as a text.
+      find: the cells of one.
     """
     table.add_row("validation", validation(seeds))
     if len(seeds) > 1:
@@ -174,7 +179,7 @@ def add_rows(
         chosen = best(lines, seeds)
         each[seeds.index(chosen)] += " (the cells above)"
         table.add_row("each seed", "\n".join(each))
-        table.add_row("agreement", agreement(lines, seeds))
+        table.add_row("agreement", agreement(lines, seeds, find))
 
 
 def mean_text(values: np.ndarray, digits: int) -> str:
@@ -183,17 +188,10 @@ def mean_text(values: np.ndarray, digits: int) -> str:
     return text if len(values) == 1 else f"{text} ± {values.std(ddof=1):.{digits}f}"
 
 
-def cells_of(alpha: Any) -> genotype.AnyGenotype:
-    """The cells that alphas, as a line holds them, stand for."""
-    if isinstance(alpha, Mapping):
-        return genotype.derive(alpha)
-    return genotype.derive_recurrent(alpha)
-
-
-def agreement(lines: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> str:
+def agreement(lines: Sequence[Mapping[str, Any]], seeds: Sequence[int], find: Find) -> str:
     """How far the cells of some seeds agree: a line for each cell."""
     rows = []
-    for cell, of_cell in choices.table(_cells(lines, seeds))["cells"].items():
+    for cell, of_cell in choices.table(_cells(lines, seeds, find))["cells"].items():
         chosen = of_cell["operations"]
         order = sorted(chosen, key=lambda name: -chosen[name])
         shares = ", ".join(f"{name} {chosen[name] / sum(chosen.values()):.0%}" for name in order)
@@ -201,14 +199,25 @@ def agreement(lines: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> str:
     return "\n".join(rows)
 
 
-def _cells(lines: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[genotype.AnyGenotype]:
+def _cells(
+    lines: Sequence[Mapping[str, Any]], seeds: Sequence[int], find: Find
+) -> list[genotype.AnyGenotype]:
     """The cells that each seed has found in the end."""
-    return [cells_of(of_seed(lines[-1:], seed)[0]["alpha"]) for seed in seeds]
+    return [find(of_seed(lines, seed)) for seed in seeds]
 
 
-def _save_choices(lines: Sequence[Mapping[str, Any]], seeds: Sequence[int], workdir: Path) -> Path:
+def _row(leaf: Any, index: int) -> Any:
+    """Of a stacked leaf that this process has, what is one seed's; another leaf whole."""
+    if leaf.is_fully_addressable:
+        return leaf[index]
+    return leaf.addressable_data(0)[index] if leaf.is_fully_replicated else leaf
+
+
+def _save_choices(
+    lines: Sequence[Mapping[str, Any]], seeds: Sequence[int], workdir: Path, find: Find
+) -> Path:
     """Saves the cells of the best seed, and what all have chosen; returns the picture of that."""
-    found = _cells(lines, seeds)
+    found = _cells(lines, seeds, find)
     genotype.save(found[seeds.index(best(lines, seeds))], workdir / "genotype.json")
     write_text(workdir / f"{CHOICES}.json", json.dumps(choices.table(found), indent=2) + "\n")
     inputs = (START,) if choices.kind_of(found) is genotype.RNN else plots.INPUT_NAMES

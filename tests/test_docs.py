@@ -10,7 +10,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from tiny_network import TinyNetwork
 
 import darts_jax
 from darts_jax import cells, genotype, operations, search
@@ -96,6 +98,17 @@ def test_new_estimator(extending, x64):
     np.testing.assert_allclose(found.gradient, expected, rtol=1e-12)
     np.testing.assert_allclose(found.direct + found.implicit, expected, rtol=1e-12)
     assert np.abs(found.implicit).min() > 0.1
+
+
+def test_selection_from_a_supernet():
+    """docs/remedies.md, on a network that compiles quickly."""
+    select = run_examples(ROOT / "docs" / "remedies.md")["select"]
+    network, optimizer = TinyNetwork(2, 3, 10, nodes=1), optax.sgd(0.1)
+    state = search.init(jax.random.key(0), network, optimizer, optimizer, (4, 4, 1))
+    image = jax.random.normal(jax.random.key(1), (16, 4, 4, 1))
+    found = select(network, state, [search.Batch(image, jnp.arange(16) % 10)])
+    assert genotype.validate(found) == found
+    assert "none" not in {name for name, _ in found.normal + found.reduce}
 
 
 def test_the_readme_example_is_short():

@@ -114,6 +114,40 @@ def test_derive_refuses_a_bad_alpha_in_one_line(alpha, message):
     assert "\n" not in str(error.value)
 
 
+def test_none_can_be_chosen_too():
+    alpha = np.array([[0.0, 1.0, 0.0], [3.0, 2.0, 0.0]])
+    cell = genotype.derive_cell(alpha, ("none", "a", "b"), 2, 2, with_none=True)
+    assert cell == (("none", 1), ("a", 0))
+    cells = genotype.derive({"normal": alpha, "reduce": alpha}, ("none", "a", "b"), with_none=True)
+    assert cells.normal == cells.reduce == cell
+
+
+def test_edge_weights_multiply_the_strengths():
+    """PC-DARTS: softmax(alpha)_o times the softmax of beta over the edges into the node."""
+    rng = np.random.default_rng(0)
+    alpha, beta = rng.normal(size=(9, 4)), 2 * rng.normal(size=9)
+    names, expected, row = ("none", "a", "b", "c"), [], 0
+    for count in (2, 3, 4):
+        of_node = slice(row, row + count)
+        share = np.exp(beta[of_node]) / np.exp(beta[of_node]).sum()
+        power = np.exp(alpha[of_node])
+        strength = (power / power.sum(1, keepdims=True))[:, 1:] * share[:, None]
+        for source in np.argsort(-strength.max(1))[:2]:
+            expected.append((names[1 + strength[source].argmax()], int(source)))
+        row += count
+    assert genotype.derive_cell(alpha, names, 2, 2, edge_alpha=beta) == tuple(expected)
+    assert genotype.derive_cell(alpha, names, 2, 2) != tuple(expected)
+    alphas = {"normal": alpha, "reduce": alpha, "normal_edges": beta, "reduce_edges": np.zeros(9)}
+    found = genotype.derive(alphas, names)
+    assert found.normal == tuple(expected)
+    assert found.reduce == genotype.derive_cell(alpha, names, 2, 2)
+
+
+def test_an_operation_of_minus_infinity_is_not_chosen():
+    alpha = np.array([[0.0, -np.inf, -5.0], [0.0, 2.0, -np.inf]])
+    assert genotype.derive_cell(alpha, ("none", "a", "b"), 2, 2) == (("a", 1), ("b", 0))
+
+
 def test_derive_cell_refuses_more_edges_than_the_first_node_has():
     with pytest.raises(ValueError, match="keep 1 to 1 per node"):
         genotype.derive_cell(np.zeros((36, 5)), [*"abcde"], edges_per_node=2, num_inputs=1)

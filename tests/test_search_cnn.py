@@ -14,6 +14,7 @@ from experiments import search_cnn
 from experiments.config import DataConfig, WConfig, w_optimizer
 from experiments.distributed import Distributed
 from experiments.metrics import MEASURED
+from experiments.remedies import RemediesConfig
 from experiments.run_config import RunConfig
 from experiments.search_cnn import PRESETS, Config, SearchConfig
 
@@ -58,7 +59,13 @@ def test_paper_preset():
             "flip": True,
             "cutout": 0,
         },
-        "network": {"channels": 16, "layers": 8, "nodes": 4, "batch_norm_groups": 1},
+        "network": {
+            "channels": 16,
+            "layers": 8,
+            "nodes": 4,
+            "batch_norm_groups": 1,
+            "partial": 1,
+        },
         "search": {
             "estimator": "unrolled",
             "radius": 0.01,
@@ -76,6 +83,7 @@ def test_paper_preset():
                 "clip": 5.0,
             },
             "alpha": {"learning_rate": 3e-4, "b1": 0.5, "b2": 0.999, "weight_decay": 1e-3},
+            "remedies": dataclasses.asdict(RemediesConfig()),  # all off
         },
         "seed": 0,
         "seeds": 1,
@@ -110,11 +118,13 @@ def test_help_explains_each_field(capsys, monkeypatch):
         assert f"{name}: {description}" in output
     source = [
         line
-        for file in map(inspect.getfile, (search_cnn, DataConfig, RunConfig, Distributed))
+        for file in map(
+            inspect.getfile, (search_cnn, DataConfig, RemediesConfig, RunConfig, Distributed)
+        )
         for line in Path(file).read_text().splitlines()
     ]
     names = list(leaves(PRESETS["paper"][1]))
-    assert len(names) == 43
+    assert len(names) == 54
     for name in names:
         assert f"--{name.removeprefix('run.').replace('_', '-')}" in output
         last = name.split(".")[-1]
@@ -128,7 +138,7 @@ def test_help_explains_each_field(capsys, monkeypatch):
 
 
 def install_stand_in(monkeypatch):
-    def init(key, network, w_optimizer, alpha_optimizer, image_shape):
+    def init(key, network, w_optimizer, alpha_optimizer, image_shape, make_alpha):
         if network.layers < 3 or image_shape[0] % 4:
             return real_init(key, network, w_optimizer, alpha_optimizer, image_shape)
         w = jnp.zeros((int(np.prod(image_shape)), network.num_classes))
@@ -141,7 +151,7 @@ def install_stand_in(monkeypatch):
     def logits(state, image):
         return image.reshape(len(image), -1) @ state.w
 
-    def make_step(network, estimator, w_optimizer, alpha_optimizer, skip_nonfinite):
+    def make_step(network, estimator, w_optimizer, alpha_optimizer, relax, skip_nonfinite):
         @jax.jit
         def step(state, train_batch, val_batch):
             def loss(w, alpha, batch):
@@ -173,7 +183,7 @@ def install_stand_in(monkeypatch):
 
         return step
 
-    def make_evaluate(network):
+    def make_evaluate(network, relax):
         def evaluate(state, batch, mask):
             values = logits(state, batch.image)
             losses = search.cross_entropy(values, batch.label)
