@@ -7,11 +7,12 @@ edge is a gated step, too: with [c, h] = s W, c through a sigmoid,
 
 for an activation f. DARTS (arXiv 1806.09055), section 2.1 and appendix A.1.2.
 
-All edges that leave a state share their input: one matrix product serves the state's edges to all
-later nodes, and each activation is applied to their stack.
+All edges that enter a node share its matrix: one product serves them all, of the states so far,
+stacked. So the matrix is read, and its gradient written, once a node and not once an edge.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,7 +23,14 @@ from flax.core import FrozenDict
 from jax import Array, lax
 
 from darts_jax.genotype import RecurrentGenotype
-from darts_jax.operations import Moments, batch_norm, relu, update_running
+from darts_jax.operations import (
+    EPSILON,
+    Moments,
+    batch_norm,
+    relu,
+    unbiased,
+    update_running,
+)
 
 PyTree = Any
 Activations = Mapping[str, Callable[[Array], Array]]
@@ -113,32 +121,34 @@ def relaxed(
     num_nodes, size = params["nodes"].shape[:2]
     order = np.array([columns[name] for name in activations])
     # Edge i (i + 1) / 2 + j leads from state j to node i: by source, from the node of its number.
-    rows = [
-        weights[np.array([i * (i + 1) // 2 + j for i in range(j, num_nodes)])[:, None], order]
-        for j in range(num_nodes)
-    ]
+    mix = [weights[i * (i + 1) // 2 :][: i + 1, order, None, None] for i in range(num_nodes)]
+    # Apart, so that the loop sums the gradient of each alone.
+    matrices = [matrix[0] for matrix in lax.split(params["nodes"], [1] * num_nodes)]
 
     def normalize(s, running):
-        s, batch = batch_norm(s[None, None], None if train else running)
-        return s[0, 0], update_running(running, batch) if train else running
+        if train:
+            s, batch = _standardize(s)
+            return s, update_running(running, batch)
+        return batch_norm(s, running)[0], running
+
+    # Computed again for its gradient: to keep what is in it for all times takes longer.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def arriving(products, sources, shares):
+        gate, candidate = jnp.split(products.reshape(*sources.shape[:-1], -1), 2, axis=-1)
+        gate = jax.nn.sigmoid(gate)
+        mixed = sum(f(candidate) * shares[:, o] for o, f in enumerate(activations.values()))
+        # sum_o p_o (s + c (o(h) - s)) of all edges, the part of s gathered.
+        return (shares.sum(1) * (1 - gate) * sources + gate * mixed).sum(0)
 
     def cell(x, hidden, running):
         s, running = normalize(_start(params, x, hidden, masks), running)
-        nodes, states = [jnp.zeros_like(s)] * num_nodes, []
-        for j in range(num_nodes):
-            products = _masked(s, masks) @ _beside(params["nodes"][j:])
-            gate, candidate = jnp.split(products.reshape(*s.shape[:-1], -1, 2 * size), 2, axis=-1)
-            gate = jax.nn.sigmoid(gate)
-            outputs = jnp.stack([f(candidate) for f in activations.values()], axis=-2)
-            mixed = jnp.einsum("bnod,no->bnd", outputs, rows[j])
-            # sum_o p_o (s + c (o(h) - s)), the part of s gathered.
-            kept = rows[j].sum(1)[:, None] * (1 - gate) * s[:, None]
-            arriving = kept + gate * mixed
-            for i in range(j, num_nodes):
-                nodes[i] = nodes[i] + arriving[:, i - j]
-            s, running = normalize(nodes[j], running)
+        states = [s]
+        for matrix, shares in zip(matrices, mix, strict=True):
+            sources = jnp.stack(states)
+            products = _masked(sources, masks).reshape(-1, size) @ matrix
+            s, running = normalize(arriving(products, sources, shares), running)
             states.append(s)
-        return sum(states) / num_nodes, running
+        return sum(states[1:]) / num_nodes, running
 
     # Statistics are of float32 at least, and a scan keeps the dtypes of what it carries.
     running = jax.tree.map(lambda r: r.astype(jnp.promote_types(r.dtype, jnp.float32)), running)
@@ -220,9 +230,19 @@ def _masked(s, masks):
     return s if masks is None else s * masks.hidden
 
 
-def _beside(matrices):
-    """[N, D, 2 D] as one matrix [D, N 2 D]."""
-    return matrices.transpose(1, 0, 2).reshape(matrices.shape[1], -1)
+def _standardize(s: Array) -> tuple[Array, Moments]:
+    """Batch norm of s [B, D] by the batch, without scale and shift, and its unbiased moments.
+
+    The mean is taken away by a product: XLA computes most else again wherever it is used, and what
+    all edges of a node read, in the gradient, it would compute for each of them.
+    """
+    wide = s.astype(jnp.promote_types(s.dtype, jnp.float32))
+    count = len(s)
+    center = jnp.eye(count, dtype=wide.dtype) - 1 / count
+    difference = jnp.matmul(center, wide, precision=lax.Precision.HIGHEST)
+    batch = Moments(wide.mean(0), lax.square(difference).mean(0))
+    normalized = difference * lax.rsqrt(batch.var + EPSILON)
+    return normalized.astype(s.dtype), unbiased(batch, count)
 
 
 def _scan(cell, x, hidden, running, valid) -> Trajectory:
