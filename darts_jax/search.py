@@ -119,6 +119,7 @@ def init(
     w_optimizer: optax.GradientTransformation,
     alpha_optimizer: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
+    alpha_shapes: PyTree = None,
 ) -> SearchState:
     """The state before the first iteration.
 
@@ -126,15 +127,21 @@ def init(
 
     Args:
       key: random key, from which all randomness of the search is derived.
-      network: a `networks.Supernet`.
+      network: a `networks.Supernet`, or another that takes mixing weights.
       w_optimizer: trains the weights.
       alpha_optimizer: trains alpha.
       image_shape: (height, width, channels) of one image.
+      alpha_shapes: of alpha, as `spaces.Space.alpha_shapes`; None for those of a Supernet.
     """
     w_key, alpha_key, state_key = jax.random.split(key, 3)
-    shape = (len(genotype.edges(network.nodes)), len(network.primitives))
-    keys = dict(zip(("normal", "reduce"), jax.random.split(alpha_key), strict=True))
-    alpha = {name: ALPHA_SCALE * jax.random.normal(k, shape) for name, k in keys.items()}
+    if alpha_shapes is None:
+        shape = (len(genotype.edges(network.nodes)), len(network.primitives))
+        alpha_shapes = dict.fromkeys(("normal", "reduce"), shape)
+    shapes, treedef = jax.tree.flatten(alpha_shapes, is_leaf=lambda x: isinstance(x, tuple))
+    keys = jax.random.split(alpha_key, len(shapes))
+    alpha = treedef.unflatten(
+        ALPHA_SCALE * jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)
+    )
     variables = network.init(w_key, jnp.zeros((1, *image_shape)), alpha, train=True)
     w = variables["params"]
 

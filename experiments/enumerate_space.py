@@ -24,10 +24,10 @@ import tyro
 from rich.table import Table
 from rich.text import Text
 
-from darts_jax import convolution, data, ground_truth, isomorphism
+from darts_jax import data, ground_truth, isomorphism
 from darts_jax.dag_network import Network, one_hot
 from darts_jax.files import write_bytes
-from darts_jax.spaces.nasbench201_small import EDGES, PRIMITIVES
+from darts_jax.spaces.nasbench201_small import EDGES, PRIMITIVES, SPACE
 from experiments import command_line, distributed
 from experiments.enumeration import Images, batched, make_train, pooled
 from experiments.metrics import Display
@@ -130,15 +130,7 @@ class Group(NamedTuple):
 
 def small_network(config: NetworkConfig, num_classes: int) -> Network:
     """The relaxed network, which is that of one architecture with one-hot weights."""
-    return Network(
-        num_classes,
-        EDGES,
-        PRIMITIVES,
-        channels=config.channels,
-        stages=1,
-        cells=config.cells,
-        conv=convolution.matmul_conv,
-    )
+    return SPACE.relaxed(num_classes, channels=config.channels, cells=config.cells)
 
 
 def make_images(config: ImagesConfig, dataset: data.Dataset) -> Images:
