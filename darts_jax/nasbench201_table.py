@@ -10,6 +10,7 @@ import os
 import pickle
 from collections import OrderedDict
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -127,11 +128,21 @@ class _Ignored:
         pass
 
 
+# A NumPy scalar is pickled as a call of `scalar`, which releases keep in different places.
+_SCALAR = np.float64(0).__reduce__()[0]
+_PLAIN = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("numpy.core.multiarray", "scalar"): _SCALAR,
+    ("numpy._core.multiarray", "scalar"): _SCALAR,
+    ("numpy", "dtype"): np.dtype,
+}
+
+
 class _Unpickler(pickle.Unpickler):
     """Reads plain objects alone, so that a pickle cannot run anything."""
 
     def find_class(self, module: str, name: str) -> Any:
-        return OrderedDict if (module, name) == ("collections", "OrderedDict") else _Ignored
+        return _PLAIN.get((module, name), _Ignored)
 
 
 def _read_folder(folder: Path) -> np.ndarray:
@@ -153,7 +164,7 @@ def _mean(results: Any, file: Path, dataset: str, part: str) -> float:
     last = f"{part}@{int(EPOCHS) - 1}"
     try:
         found = [r["eval_acc1es"][last] for (name, _), r in results.items() if name == dataset]
-        return float(np.mean(found))
+        return fmean(found)
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{file} lacks {last} of {dataset}; fetch it again") from error
 
