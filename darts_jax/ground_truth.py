@@ -143,7 +143,8 @@ class Agreement(NamedTuple):
     Attributes:
       between: variance of accuracy between architectures, that of seeds taken out.
       within: variance between seeds of one architecture.
-      rank_correlation: Spearman's, the mean over pairs of seeds.
+      rank_correlation: Spearman's, the mean over pairs of seeds; NaN if one of them makes no
+        difference between architectures.
     """
 
     between: float
@@ -162,6 +163,7 @@ def agreement(accuracy: np.ndarray) -> Agreement:
     seeds = accuracy.shape[1]
     within = accuracy.var(1, ddof=1).mean()
     between = accuracy.mean(1).var(ddof=1) - within / seeds
-    ranks = np.corrcoef([rankdata(column) for column in accuracy.T])
+    with np.errstate(invalid="ignore"):
+        ranks = np.corrcoef([rankdata(column) for column in accuracy.T])
     pairs = ranks[np.triu_indices(seeds, 1)]
     return Agreement(float(between), float(within), float(pairs.mean()))
