@@ -94,6 +94,7 @@ class Network(nn.Module):
       channels: of the first stage; each later one has twice as many.
       stages: how many.
       cells: in each stage.
+      stem: side of the stem's kernel, odd.
       affine: whether the batch norms of cells scale and shift.
       conv: the convolution, `convolution.conv` or `convolution.matmul_conv`.
     """
@@ -105,6 +106,7 @@ class Network(nn.Module):
     channels: int = 16
     stages: int = 3
     cells: int = 5
+    stem: int = 3
     affine: bool = False
     conv: Convolution = convolution.conv
 
@@ -136,8 +138,9 @@ class Network(nn.Module):
                 f"images of {x.shape[1]}x{x.shape[2]} do not halve {self.stages - 1} times: crop or"
                 f" pad height and width to a multiple of {multiple}"
             )
-        stem = self.param("stem", uniform_fan_in, (3, 3, x.shape[-1], self.channels))
-        y = Norm(affine=True, name="stem_norm")(self.conv(x, stem, padding=1), train)
+        side = self.stem
+        kernel = self.param("stem_kernel", uniform_fan_in, (side, side, x.shape[-1], self.channels))
+        y = Norm(affine=True, name="stem_norm")(self.conv(x, kernel, padding=side // 2), train)
         for stage in range(self.stages):
             if stage:
                 y = ResidualBlock(self.conv, name=f"reduce_{stage}")(y, train)

@@ -51,7 +51,7 @@ class ImagesConfig:
     """The first so many training images train the networks."""
     validation: int = 1000
     """The next so many are for validation; all test images are for the test."""
-    pool: int = 7
+    pool: int = 4
     """Side in pixels of the squares that are averaged to one pixel."""
 
 
@@ -61,7 +61,7 @@ class NetworkConfig:
 
     channels: int = 8
     """Channels throughout."""
-    cells: int = 2
+    cells: int = 1
     """Cells, one after the other, of one architecture."""
 
 
@@ -102,7 +102,7 @@ class Config:
 
 
 PRESETS = {
-    "nasbench201_small": ("306 architectures on 4x4 images of MNIST (embedded)", Config()),
+    "nasbench201_small": ("306 architectures on 7x7 images of MNIST (embedded)", Config()),
     "pilot": (
         "20 of the architectures, to see how much they differ",
         Config(architectures=20, together=20),

@@ -1,11 +1,14 @@
 """Networks of the cells of NAS-Bench-201."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from darts_jax import convolution, dag_cell, dag_network
+from darts_jax import convolution, dag_cell, dag_network, hypergradient, search
 from darts_jax.operations import EPSILON
 from darts_jax.spaces import nasbench201, nasbench201_small
 
@@ -66,6 +69,24 @@ def test_one_hot_weights_make_the_discrete_network(space, text, train):
         expected = relaxed.apply(variables, x, weights, train=False)
         found = discrete.apply(part, x, train=False)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_search_step():
+    network = SMALL.relaxed(num_classes=3, channels=2, cells=1)
+    w_optimizer, alpha_optimizer = optax.sgd(0.1), optax.adam(0.1)
+    state = search.init(
+        jax.random.key(0), network, w_optimizer, alpha_optimizer, (4, 4, 1), SMALL.alpha_shapes
+    )
+    assert state.alpha.shape == (5, 4)
+    estimator = partial(hypergradient.unrolled, inner_optimizer=w_optimizer)
+    step = search.make_step(network, estimator, w_optimizer, alpha_optimizer, SMALL.relax)
+    images = jax.random.normal(jax.random.key(1), (6, 4, 4, 1))
+    batch = search.Batch(images, jnp.arange(6) % 3)
+    before = np.asarray(state.alpha)
+    state, metrics = step(state, batch, batch)
+    assert metrics.nonfinite == -1
+    assert (np.asarray(state.alpha) != before).any()
+    assert SMALL.derive(state.alpha).startswith("|")
 
 
 def test_a_cell_by_hand():

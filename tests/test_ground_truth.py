@@ -106,3 +106,20 @@ def test_agreement():
     assert found.within == pytest.approx(1, rel=0.1)
     # Pearson's would be 9 / 10; of normal numbers, Spearman's is 6 / pi arcsin(rho / 2).
     assert found.rank_correlation == pytest.approx(6 / np.pi * np.arcsin(0.45), abs=0.02)
+
+
+@pytest.mark.skipif(not ground_truth.SHIPPED.exists(), reason="the package has no table yet")
+def test_the_table_of_the_package():
+    assert ground_truth.SHIPPED.stat().st_size < 1_000_000
+    table = ground_truth.load()
+    assert (table.edges, table.primitives) == (EDGES, PRIMITIVES)
+    representatives, class_of = isomorphism.classes(EDGES, PRIMITIVES)
+    np.testing.assert_array_equal(table.architectures, representatives)
+    np.testing.assert_array_equal(table.class_of, class_of)
+    for column in range(len(ground_truth.PARTS)):
+        final = table.accuracy[:, :, -1, column]
+        # Also without those that guess, as all do that connect nothing to the output.
+        for rows in (final, final[final.mean(1) > 0.2]):
+            found = ground_truth.agreement(rows)
+            assert found.between > 5 * found.within
+            assert found.rank_correlation > 0.8
