@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from darts_jax.genotype import CNN_PRIMITIVES
+from darts_jax.genotype import CNN_PRIMITIVES, edges
 
 PyTree = Any
 Norm = Callable[[Array], Array]
@@ -123,6 +123,12 @@ class Supernet:
     num_classes: int
     nodes: ClassVar[int] = 4
     primitives: tuple[str, ...] = CNN_PRIMITIVES
+
+    @property
+    def weight_shapes(self) -> dict[str, tuple[int, int]]:
+        """Of the mixing weights of each kind of cell: [edges, candidates]."""
+        shape = (len(edges(self.nodes)), len(self.primitives))
+        return dict.fromkeys(("normal", "reduce"), shape)
 
     def cells(self) -> list[tuple[int, bool, bool]]:
         """For each cell: its channels, whether it reduces, and whether the one before did."""

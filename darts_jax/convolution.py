@@ -44,6 +44,28 @@ def conv(x: Array, kernel: Array, stride: int = 1, padding: int = 0, dilation: i
     )
 
 
+def matmul_conv(x: Array, kernel: Array, stride: int = 1, padding: int = 0) -> Array:
+    """The same as `conv`, by one matrix product for each row of the kernel.
+
+    Mapped over kernels (`jax.vmap`), it is a batched product: on small images many times faster
+    on CPU than `conv`, which then is a grouped convolution.
+
+    Args and returns: as `conv`.
+    """
+    size, _, channels, outputs = kernel.shape
+    side = (padding, padding, 0)
+    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), side, side, (0, 0, 0)))
+    height, width = ((n - size) // stride + 1 for n in x.shape[1:3])
+
+    def cut(x: Array, axis: int, first: int, count: int) -> Array:
+        return lax.slice_in_dim(x, first, first + stride * (count - 1) + 1, stride, axis)
+
+    beside = lax.concatenate([cut(x, 2, j, width) for j in range(size)], 3)
+    rows = kernel.reshape(size, size * channels, outputs)
+    products = [cut(beside, 1, i, height) @ rows[i] for i in range(size)]
+    return sum(products[1:], products[0])
+
+
 def depthwise(x: Array, kernel: Array) -> Array:
     """Depthwise convolution at stride 1 that keeps the size: a sum of shifted products.
 

@@ -10,7 +10,12 @@ MAX_JSON_DEPTH = 30
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a UTF-8 text file in one go: who reads it sees the old content or the new one.
+    """Writes a UTF-8 text file as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a file in one go: who reads it sees the old content or the new one.
 
     Raises:
       OSError: if it cannot be written; what was there before is kept.
@@ -20,7 +25,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     # cannot cross file systems.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(text.encode())
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -217,6 +217,12 @@ class Supernet(nn.Module):
     batch_norm_groups: int = 1
     partial: int = 1
 
+    @property
+    def weight_shapes(self) -> dict[str, tuple[int, int]]:
+        """Of the mixing weights of each kind of cell: [edges, candidates]."""
+        shape = (len(edges(self.nodes)), len(self.primitives))
+        return dict.fromkeys(("normal", "reduce"), shape)
+
     @nn.compact
     def __call__(self, x: Array, weights: Mapping[str, Array], train: bool) -> Array:
         """Logits of a batch.

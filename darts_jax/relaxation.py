@@ -195,17 +195,26 @@ def with_auxiliary_skip(relax: Relaxation, strength: float | Schedule) -> Relaxa
     return relax_all
 
 
-def masked(relax: Relaxation, mask: Mapping[str, Any]) -> Relaxation:
-    """Takes away the operations where the mask is False, for the progressive shrinking of P-DARTS.
+def masked(relax: Relaxation, mask: PyTree) -> Relaxation:
+    """Takes away the operations where the mask is False.
+
+    For spaces whose edges have different candidates, and the progressive shrinking of P-DARTS.
 
     Args:
       relax: gives the weights of those that are left.
-      mask: cell -> boolean [edges, operations], as `shrinking.survivors` gives it.
+      mask: boolean [edges, operations], at least one of them True for each edge, in the structure
+        of alpha; by cell, as `shrinking.survivors` gives it, it may lack leaves of alpha.
     """
 
-    def relax_left(alpha: Mapping[str, Array], context: Context | None = None) -> PyTree:
-        left = {name: jnp.where(kept, alpha[name], -jnp.inf) for name, kept in mask.items()}
-        return relax({**alpha, **left}, context)
+    def left(alpha: Array, kept: Any) -> Array:
+        return jnp.where(kept, alpha, -jnp.inf)
+
+    def relax_left(alpha: PyTree, context: Context | None = None) -> PyTree:
+        if isinstance(mask, Mapping):
+            alpha = {**alpha, **{name: left(alpha[name], kept) for name, kept in mask.items()}}
+        else:
+            alpha = left(alpha, mask)
+        return relax(alpha, context)
 
     return relax_left
 

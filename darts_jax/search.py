@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from darts_jax import finite, genotype, grouped, relaxation
+from darts_jax import finite, grouped, relaxation
 from darts_jax.hypergradient import Bilevel, Estimator, value_and_grad
 from darts_jax.relaxation import Context, Relaxation
 
@@ -121,29 +121,36 @@ class Inputs(NamedTuple):
 
 def init_alpha(
     key: Array, network: nn.Module, edge_weights: bool = False, fixed: int = 0
-) -> dict[str, Array]:
+) -> PyTree:
     """Alphas to begin with, normal of standard deviation 1e-3.
 
     Args:
       key: random key.
-      network: a `networks.Supernet`.
+      network: a `networks.Supernet`, or another whose `weight_shapes` are those of its mixing
+        weights.
       edge_weights: with leaves "normal_edges" and "reduce_edges" [edges], too, for
         `relaxation.edge_weighted`.
       fixed: how many of the network's last primitives have no column in alpha: 1 for
         `relaxation.with_auxiliary_skip`.
 
     Returns:
-      {"normal", "reduce"}: [edges, candidates].
+      [edges, candidates] in the structure of `weight_shapes`: {"normal", "reduce"}.
     """
-    edges = len(genotype.edges(network.nodes))
-    shape = (edges, len(network.primitives) - fixed)
-    keys = dict(zip(("normal", "reduce"), jax.random.split(key), strict=True))
-    alpha = {name: ALPHA_SCALE * jax.random.normal(k, shape) for name, k in keys.items()}
+    shapes, treedef = jax.tree.flatten(network.weight_shapes, is_leaf=_is_shape)
+    keys = jax.random.split(key, len(shapes))
+    alpha = treedef.unflatten(
+        ALPHA_SCALE * jax.random.normal(k, (edges, candidates - fixed))
+        for k, (edges, candidates) in zip(keys, shapes, strict=True)
+    )
     if edge_weights:
-        for name, k in keys.items():
+        for name, k, (edges, _) in zip(list(alpha), keys, shapes, strict=True):
             values = jax.random.normal(jax.random.fold_in(k, 1), (edges,))
             alpha[name + relaxation.EDGES] = ALPHA_SCALE * values
     return alpha
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple)
 
 
 def init(
@@ -160,7 +167,7 @@ def init(
 
     Args:
       key: random key, from which all randomness of the search is derived.
-      network: a `networks.Supernet`.
+      network: a `networks.Supernet`, or another that takes mixing weights.
       w_optimizer: trains the weights.
       alpha_optimizer: trains alpha.
       image_shape: (height, width, channels) of one image.
@@ -168,8 +175,8 @@ def init(
     """
     w_key, alpha_key, state_key = jax.random.split(key, 3)
     alpha = make_alpha(alpha_key, network)
-    shape = (len(genotype.edges(network.nodes)), len(network.primitives))
-    weights = dict.fromkeys(("normal", "reduce"), jnp.zeros(shape))  # their values do not count
+    # Their values do not count.
+    weights = jax.tree.map(jnp.zeros, network.weight_shapes, is_leaf=_is_shape)
     variables = network.init(w_key, jnp.zeros((1, *image_shape)), weights, train=True)
     w = variables["params"]
 

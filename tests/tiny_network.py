@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from darts_jax.genotype import CNN_PRIMITIVES
+from darts_jax.genotype import CNN_PRIMITIVES, edges
 
 
 class TinyNetwork(nn.Module):
@@ -18,6 +18,11 @@ class TinyNetwork(nn.Module):
     nodes: int = 4
     primitives: tuple[str, ...] = CNN_PRIMITIVES
     batch_norm_groups: int = 1
+
+    @property
+    def weight_shapes(self) -> dict[str, tuple[int, int]]:
+        shape = (len(edges(self.nodes)), len(self.primitives))
+        return dict.fromkeys(("normal", "reduce"), shape)
 
     @nn.compact
     def __call__(self, x: jax.Array, weights: Mapping[str, jax.Array], train: bool) -> jax.Array:

@@ -1,0 +1,154 @@
+"""The cell of NAS-Bench-201 as a pure function, relaxed and discrete.
+
+States are numbered from 0, the cell's input; every later one is the sum over its incoming edges of
+one operation each, and the last is the output. A convolution is ReLU, convolution, batch norm; an
+edge of the relaxed cell is the weighted sum of its candidates (arXiv 2001.00326, section 2.1).
+
+Relaxed and discrete cells are one function: what differs is which edges have which operation
+(`Members`). Parameters and running statistics are stacked by operation, over its edges in the order
+of their sources, then destinations: the edges that leave a state share one product.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from darts_jax.operations import EPSILON, OPERATIONS, Moments, moments, relu, unbiased
+
+PyTree = Any
+Edges = tuple[tuple[int, int], ...]
+Members = Mapping[str, tuple[int, ...]]
+Convolution = Callable[..., Array]
+
+CONVOLUTIONS = {"nor_conv_1x1": 1, "nor_conv_3x3": 3}  # sizes of kernels
+
+
+def by_source(edges: Edges) -> list[int]:
+    """The edges' numbers, ordered by source, then by destination."""
+    return sorted(range(len(edges)), key=lambda e: edges[e])
+
+
+def members(
+    edges: Edges, primitives: Sequence[str], choice: Sequence[int] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Which edges have an operation: name -> edges, in the order of their parameters.
+
+    Args:
+      edges: (source, destination) each.
+      primitives: names of the candidates.
+      choice: of each edge, its operation's number; None for all operations on all edges. Edges
+        that leave a state which nothing enters are left out: they would carry zeros.
+    """
+    order = by_source(edges)
+    if choice is not None:
+        reached = {0}
+        for e in order:
+            source, destination = edges[e]
+            if source in reached and primitives[choice[e]] != "none":
+                reached.add(destination)
+        order = [e for e in order if edges[e][0] in reached]
+    return {
+        name: tuple(e for e in order if choice is None or choice[e] == o)
+        for o, name in enumerate(primitives)
+    }
+
+
+def shapes(channels: int, members: Members) -> PyTree:
+    """Shapes of a cell's kernels: operation -> (edges, k, k, C, C)."""
+    return {
+        name: (len(members[name]), size, size, channels, channels)
+        for name, size in CONVOLUTIONS.items()
+        if members.get(name)
+    }
+
+
+def norm_shapes(channels: int, members: Members) -> PyTree:
+    """Shapes of a cell's batch norms: operation -> (edges, C)."""
+    return {name: (len(members[name]), channels) for name in CONVOLUTIONS if members.get(name)}
+
+
+def cell(
+    kernels: PyTree,
+    affine: PyTree,
+    running: PyTree | None,
+    x: Array,
+    weights: Array,
+    *,
+    edges: Edges,
+    primitives: Sequence[str],
+    members: Members,
+    conv: Convolution,
+) -> tuple[Array, PyTree]:
+    """Output of a cell, and the statistics of the batch.
+
+    Args:
+      kernels: as in `shapes`.
+      affine: {"scale", "bias"}, each as in `norm_shapes`; empty for batch norms without.
+      running: as in `norm_shapes`, each Moments, to normalise by. If None, by the batch.
+      x: [N, H, W, C].
+      weights: [edges, candidates], by which outputs are multiplied.
+      edges: (source, destination) each.
+      primitives: names of the candidates.
+      members: which edges have which operations.
+      conv: `conv(x, kernel, padding=...)`, as `convolution.conv`.
+
+    Returns:
+      [N, H, W, C], and the unbiased moments of the batch, or running as it is.
+    """
+    columns = {name: o for o, name in enumerate(primitives)}
+    states: dict[int, Array] = {0: x}
+    seen: dict[str, list[Moments]] = {name: [] for name in shapes(x.shape[-1], members)}
+    position = dict.fromkeys(seen, 0)  # of the next edge's parameters
+
+    def add(destination: int, arriving: Array) -> None:
+        before = states.get(destination)
+        states[destination] = arriving if before is None else before + arriving
+
+    last = max(destination for _, destination in edges)
+    for source in range(last):
+        for name, held in members.items():
+            out = [e for e in held if edges[e][0] == source]
+            if not out or name == "none":
+                continue
+            state = states[source]
+            mix = weights[np.array(out), columns[name]]
+            if name in seen:
+                rows = slice(position[name], position[name] + len(out))
+                position[name] = rows.stop
+                y = _convolve(conv, relu(state), kernels[name][rows])
+                batch = (
+                    moments(y) if running is None else Moments(*(m[rows] for m in running[name]))
+                )
+                if running is None:
+                    seen[name].append(unbiased(batch, math.prod(y.shape[:3])))
+                scale = mix[:, None] * lax.rsqrt(batch.var + EPSILON)
+                shift = scale * batch.mean
+                if affine:
+                    own = affine["scale"][name][rows]
+                    scale, shift = scale * own, shift * own
+                    shift = shift - mix[:, None] * affine["bias"][name][rows]
+                y = y * scale - shift
+            else:
+                y = OPERATIONS[name].apply({}, state, 1, None) * mix[:, None]
+            for e, arriving in zip(out, lax.split(y, [1] * len(out), axis=3), strict=True):
+                add(edges[e][1], arriving[..., 0, :])
+    output = states.get(last, jnp.zeros_like(x))
+    if running is not None:
+        return output, running
+    return output, {
+        name: jax.tree.map(lambda *rows: lax.concatenate(rows, 0), *batches)
+        for name, batches in seen.items()
+    }
+
+
+def _convolve(conv: Convolution, x: Array, kernels: Array) -> Array:
+    """x [N, H, W, C] with each of K kernels [K, k, k, C, D]: [N, H, W, K, D]."""
+    count, size = kernels.shape[:2]
+    dense = kernels.transpose(1, 2, 3, 0, 4).reshape(size, size, x.shape[-1], -1)
+    y = conv(x, dense, padding=size // 2)
+    return y.reshape(*y.shape[:3], count, -1)
