@@ -26,7 +26,7 @@ PyTree = Any
 Find = Callable[[Sequence[dict[str, Any]]], genotype.AnyGenotype]
 
 OF_SEED = "_of_seed_"  # in names of what is recorded of one of several seeds
-CHOICES = "choices"  # files of a workdir: how often each operation was chosen
+AGREEMENT = "agreement"  # files of a workdir: how often each operation was chosen
 
 
 def check(seed: int, count: int, at_once: int | None) -> None:
@@ -219,9 +219,9 @@ def _save_choices(
     """Saves the cells of the best seed, and what all have chosen; returns the picture of that."""
     found = _cells(lines, seeds, find)
     genotype.save(found[seeds.index(best(lines, seeds))], workdir / "genotype.json")
-    write_text(workdir / f"{CHOICES}.json", json.dumps(choices.table(found), indent=2) + "\n")
+    write_text(workdir / f"{AGREEMENT}.json", json.dumps(choices.table(found), indent=2) + "\n")
     inputs = (START,) if choices.kind_of(found) is genotype.RNN else plots.INPUT_NAMES
-    _, png = choices.draw(found, workdir / CHOICES, inputs)
+    _, png = choices.draw(found, workdir / AGREEMENT, inputs)
     return png
 
 

@@ -31,7 +31,7 @@ class Config:
 
     inner: Inner = field(default_factory=Inner)
     end: str = "well"
-    """How it ends: "well", an exit code, "unless FILE" exists by 1, or "told"."""
+    """How it ends: "well", an exit code, "unless FILE" exists by 1, when "told", or so "slowly"."""
     seed: int = 0
     """Seed."""
     workdir: Path | None = None
@@ -60,8 +60,8 @@ def main(argv: list[str]) -> int:
     with (workdir / "attempts").open("a") as file:
         file.write(f"{os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
     print("running", argv)
-    if end == "told":
-        return wait(workdir)
+    if end in ("told", "slowly"):
+        return wait(workdir, 0.3 if end == "told" else FOREVER)
     lines = [{"kind": "epoch", "epoch": i, "eval_loss": rate / i, "alpha": [1]} for i in (1, 2)]
     text = "".join(json.dumps(line) + "\n" for line in [*lines, {"kind": "step", "step": 9}])
     (workdir / "metrics.jsonl").write_text(text + '{"kind": "epo')
@@ -73,8 +73,8 @@ def main(argv: list[str]) -> int:
     return code
 
 
-def wait(workdir: Path) -> int:
-    """Waits for a signal, once; another one kills."""
+def wait(workdir: Path, saving: float) -> int:
+    """Waits for a signal, once, and saves for so many seconds; another one kills."""
     got = []
 
     def handle(signum, _):
@@ -87,7 +87,7 @@ def wait(workdir: Path) -> int:
     deadline = time.monotonic() + FOREVER
     while not got and time.monotonic() < deadline:
         time.sleep(0.02)
-    time.sleep(0.3)  # saves
+    time.sleep(saving)
     print("saved")
     return 128 + got[0] if got else 1
 

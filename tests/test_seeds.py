@@ -112,7 +112,8 @@ def test_what_is_not_finite_names_its_seed():
     states = job.init()
     bad = jax.tree.map(lambda x: x.at[1].set(jnp.nan), states.w)
     _, metrics = job.train_step(states._replace(w=bad), job.data, job.train_batches(0)[0])
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(job.checked(bad))]
+    checked = jax.tree.leaves_with_path(job.checked(states))
+    names = [jax.tree_util.keystr(path) for path, _ in checked]
     assert len(names) % 3 == 0
     assert "seed_1" in names[int(metrics.nonfinite)]
     _, metrics = job.train_step(job.init(), job.data, job.train_batches(0)[0])
@@ -172,6 +173,7 @@ def epochs_of(workdir):
     return [line for line in lines if line["kind"] == "epoch"]
 
 
+@pytest.mark.slow
 def test_a_search_of_several_seeds_from_the_command_line(stand_in, capsys):
     arguments = ["smoke", "--search.epochs", "2"]
     assert search_cnn.main([*arguments, "--seeds", "3", "--workdir", "all"]) == 0
@@ -200,9 +202,9 @@ def test_a_search_of_several_seeds_from_the_command_line(stand_in, capsys):
 
     best = seeds.best(epochs, range(3))
     assert genotype.load(stand_in / "all" / "genotype.json") == found[best]
-    saved = json.loads((stand_in / "all" / "choices.json").read_text())
+    saved = json.loads((stand_in / "all" / "agreement.json").read_text())
     assert saved == choices.table(found)
-    assert (stand_in / "all" / "choices.png").exists()
+    assert (stand_in / "all" / "agreement.png").exists()
     text = " ".join(output.split())
     for expected in ("± ", "each seed", "distinct of 3", f"seed{best}/genotype.json"):
         assert expected in text.replace("│", "").replace("- ", "-"), expected
@@ -213,7 +215,7 @@ def test_it_goes_on_where_it_ended(stand_in, monkeypatch):
     monkeypatch.setattr(search_cnn, "draw", lambda *_: [])
 
     def search(workdir, epochs, *more):
-        fields = ["smoke", "--seeds", "2", "--search.w.schedule", "constant"]
+        fields = ["smoke", "--seeds", "2", "--search.w.schedule", "step"]
         own = ["--search.epochs", str(epochs), "--workdir", workdir]
         assert search_cnn.main([*fields, *own, *more]) == 0
         return [

@@ -240,9 +240,9 @@ def test_a_signal_lets_runs_save(start, capsys, signum, tmp_path):
 
 
 def test_a_second_signal_kills(start, tmp_path):
-    tell(signal.SIGTERM, tmp_path / "sweep" / "end=told,seed=0" / "ready", times=2)
-    assert start("--grid", "end=told") == 143
-    assert "saved" not in Path("sweep/end=told,seed=0.log").read_text()
+    tell(signal.SIGTERM, tmp_path / "sweep" / "end=slowly,seed=0" / "ready", times=2)
+    assert start("--grid", "end=slowly") == 143
+    assert "saved" not in Path("sweep/end=slowly,seed=0.log").read_text()
 
 
 @pytest.fixture
@@ -332,7 +332,9 @@ def test_slurm_is_asked_for_what_was_given(start, slurm):
     assert "export FROM=setup" in lines
 
 
-def test_slurm_jobs_are_stopped_by_a_signal(start, slurm, tmp_path):
+def test_slurm_jobs_are_stopped_by_a_signal(start, slurm, tmp_path, monkeypatch):
+    # They save after Slurm says that they are over, for as long as this machine takes.
+    monkeypatch.setattr("submitit.SlurmJob._results_timeout_s", fake_experiment.FOREVER)
     tell(signal.SIGINT, *(tmp_path / "sweep" / f"end=told,seed={i}" / "ready" for i in (0, 1)))
     assert start("--launcher", "slurm", "--grid", "end=told", "--seeds", "2") == 130
     assert [row["exit_code"] for row in rows().values()] == ["143"] * 2
