@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import evaluation_step, ordinary, processes, rnn_step, search_step
+from benchmarks import evaluation_step, guard, ordinary, processes, rnn_step, search_step
 from darts_jax import language_model, networks, recurrent, relaxation, search
 from darts_jax.genotype import PUBLISHED_RECURRENT
 
@@ -201,3 +201,13 @@ def test_recurrent_iterations(size, monkeypatch):
 def test_evaluation_step():
     case = processes.Case("3", "darts_jax", "none")
     assert np.isfinite(float(evaluation_step.make_iteration(2, 2, case)()))
+
+
+@pytest.mark.parametrize("slow", guard.Seconds._fields)
+def test_guard_names_what_is_slow(slow):
+    theirs = guard.Seconds(*guard.MEASURED)
+    ours = guard.Seconds(1.0, 1.0)
+    assert guard.failure(ours, theirs) is None
+    late = ours._replace(**{slow: 1.05 / guard.MARGIN})
+    text = guard.failure(late, theirs)
+    assert text.startswith(f"{slow}: ") and "\n" not in text
