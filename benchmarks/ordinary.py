@@ -195,11 +195,21 @@ class Supernet:
         older = newer = stem
         for i, (_, reduction, before) in enumerate(self.cells()):
             mix = weights["reduce" if reduction else "normal"]
-            cell = self._cell(params[f"cell_{i}"], older, newer, mix, reduction, before, norm)
+            cell = self.cell(params[f"cell_{i}"], older, newer, mix, reduction, before, norm)
             older, newer = newer, cell
         return newer.mean((1, 2)) @ params["head_kernel"] + params["head_bias"], stats
 
-    def _cell(self, p, older, newer, weights, reduction, before, norm: Norm):
+    def cell(
+        self,
+        p: PyTree,
+        older: Array,
+        newer: Array,
+        weights: Array,
+        reduction: bool,
+        before: bool,
+        norm: Norm,
+    ) -> Array:
+        """One cell, [N, H', W', 4 C], of inputs [N, H, W, C'], parameters as in `shapes`."""
         if before:
             older = norm(factorized_reduce(p["preprocess_0"], older))
         else:
@@ -235,6 +245,11 @@ def _batch_norm(running: Iterable, train: bool) -> tuple[Norm, list]:
         return (y - mean) / jnp.sqrt(var + 1e-5)
 
     return norm, new
+
+
+def batch_norm(y: Array) -> Array:
+    """y [N, H, W, C], normalised by the batch."""
+    return (y - y.mean((0, 1, 2))) / jnp.sqrt(y.var((0, 1, 2)) + 1e-5)
 
 
 def from_supernet(params: PyTree) -> PyTree:

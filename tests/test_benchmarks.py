@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import evaluation_step, ordinary, processes, rnn_step, search_step
+from benchmarks import evaluation_step, guard, ordinary, processes, rnn_step, search_step
 from darts_jax import language_model, networks, recurrent, relaxation, search
 from darts_jax.genotype import PUBLISHED, PUBLISHED_RECURRENT
 
@@ -241,3 +241,13 @@ def test_sizes_by_name():
     for name in ("s", "C8", "C0-L4-B16", "C8-L4-B16-"):
         with pytest.raises(ValueError, match=f"--sizes {name}: give S, M, L, or channels"):
             search_step.size_of(name)
+
+
+@pytest.mark.parametrize("slow", guard.Seconds._fields)
+def test_guard_names_what_is_slow(slow):
+    theirs = guard.Seconds(*guard.MEASURED)
+    ours = guard.Seconds(1.0, 1.0)
+    assert guard.failure(ours, theirs) is None
+    late = ours._replace(**{slow: 1.05 / guard.MARGIN})
+    text = guard.failure(late, theirs)
+    assert text.startswith(f"{slow}: ") and "\n" not in text
