@@ -12,7 +12,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -166,13 +166,15 @@ def groups(config: Config, num_classes: int) -> list[Group]:
     ]
 
 
-def train_all(
-    config: Config, dataset: data.Dataset, workdir: Path, display: Display
-) -> ground_truth.Table:
-    """Trains what is not trained yet, and returns the table of all."""
-    representatives, class_of = isomorphism.classes(EDGES, PRIMITIVES)
-    with command_line.user_errors():
-        images = make_images(config.data, dataset)
+def make_train_group(
+    config: Config, dataset: data.Dataset, representatives: np.ndarray
+) -> Callable[[Group], np.ndarray]:
+    """A function from a group to its right predictions, uint16 [A, epochs, 2].
+
+    Raises:
+      ValueError: if the images are too few, or cannot be pooled.
+    """
+    images = make_images(config.data, dataset)
     steps = config.train.epochs * (config.data.train // config.train.batch_size)
     schedule = optax.cosine_decay_schedule(config.train.learning_rate, steps)
     optimizer = optax.chain(
@@ -181,21 +183,37 @@ def train_all(
     )
     network = small_network(config.network, dataset.num_classes)
     init, epoch = make_train(network, optimizer, config.train.batch_size)
+
+    def train_group(group: Group) -> np.ndarray:
+        # Of a seed and a class alone: a network does not depend on the group that it is in.
+        key = jax.random.fold_in(jax.random.key(config.seed), group.seed)
+        keys = jax.vmap(lambda c: jax.random.fold_in(key, c))(group.classes)
+        weights = one_hot(representatives[group.classes], len(PRIMITIVES))
+        state, right = init(keys, weights, images.train.image), []
+        for number in range(config.train.epochs):
+            state, count = epoch(state, number, images)
+            right.append(np.asarray(count))
+        return np.stack(right, 1).astype(np.uint16)
+
+    return train_group
+
+
+def train_all(
+    config: Config, dataset: data.Dataset, workdir: Path, display: Display
+) -> ground_truth.Table:
+    """Trains what is not trained yet, and returns the table of all."""
+    representatives, class_of = isomorphism.classes(EDGES, PRIMITIVES)
+    with command_line.user_errors():
+        train_group = make_train_group(config, dataset, representatives)
     todo = groups(config, len(representatives))
     right = np.zeros((len(representatives), config.seeds, config.train.epochs, 2), np.uint16)
     start, trained = time.monotonic(), 0
     for i, group in enumerate(todo):
         path = workdir / FINISHED / f"{i:04}.npy"
         if not path.exists():
-            key = jax.random.fold_in(jax.random.key(config.seed), group.seed)
-            keys = jax.vmap(lambda c, key=key: jax.random.fold_in(key, c))(group.classes)
-            weights = one_hot(representatives[group.classes], len(PRIMITIVES))
-            state, counts = init(keys, weights, images.train.image), []
-            for number in range(config.train.epochs):
-                state, count = epoch(state, number, images)
-                counts.append(np.asarray(count))
+            found = train_group(group)
             with writing(workdir):
-                _save(np.stack(counts, 1).astype(np.uint16), path)
+                _save(found, path)
             trained += 1
             rate = (time.monotonic() - start) / trained
             display.console.print(
@@ -209,14 +227,9 @@ def train_all(
     number[done] = np.arange(len(done))
     sizes = np.array([config.data.validation, len(dataset.test.labels)], np.int32)
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("run", "workdir")}
+    architectures = (representatives[done], number[class_of])
     return ground_truth.Table(
-        PRIMITIVES,
-        EDGES,
-        representatives[done],
-        number[class_of],
-        right[done],
-        sizes,
-        json.dumps(fields),
+        PRIMITIVES, EDGES, *architectures, right[done], sizes, json.dumps(fields)
     )
 
 
