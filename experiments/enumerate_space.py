@@ -32,7 +32,7 @@ from experiments import command_line, distributed
 from experiments.enumeration import Images, batched, make_train, pooled
 from experiments.metrics import Display
 from experiments.run_config import RunConfig, check_run, prepare
-from experiments.workdir import opened, write_config, writing
+from experiments.workdir import APART, opened, write_config, writing
 
 MODULE = "experiments.enumerate_space"
 TABLE, FINISHED = "table.npz", "networks"  # a file of a workdir, and a folder
@@ -69,7 +69,7 @@ class NetworkConfig:
 class TrainConfig:
     """SGD, its learning rate falling to zero as half of a cosine."""
 
-    epochs: int = 12
+    epochs: int = 25
     """Passes over the training images."""
     batch_size: int = 25
     """Images in a batch."""
@@ -226,7 +226,7 @@ def train_all(
     number = np.full(len(representatives), -1, np.int16)
     number[done] = np.arange(len(done))
     sizes = np.array([config.data.validation, len(dataset.test.labels)], np.int32)
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("run", "workdir")}
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in APART}
     architectures = (representatives[done], number[class_of])
     return ground_truth.Table(
         PRIMITIVES, EDGES, *architectures, right[done], sizes, json.dumps(fields)
