@@ -126,13 +126,8 @@ def cell(
                 )
                 if running is None:
                     seen[name].append(unbiased(batch, math.prod(y.shape[:3])))
-                scale = mix[:, None] * lax.rsqrt(batch.var + EPSILON)
-                shift = scale * batch.mean
-                if affine:
-                    own = affine["scale"][name][rows]
-                    scale, shift = scale * own, shift * own
-                    shift = shift - mix[:, None] * affine["bias"][name][rows]
-                y = y * scale - shift
+                own = {leaf: values[name][rows] for leaf, values in affine.items()}
+                y = _weighted_norm(y, batch, mix, **own)
             else:
                 y = OPERATIONS[name].apply({}, state, 1, None) * mix[:, None]
             for e, arriving in zip(out, lax.split(y, [1] * len(out), axis=3), strict=True):
@@ -144,6 +139,14 @@ def cell(
         name: jax.tree.map(lambda *rows: lax.concatenate(rows, 0), *batches)
         for name, batches in seen.items()
     }
+
+
+def _weighted_norm(
+    y: Array, stats: Moments, mix: Array, scale: Array | float = 1.0, bias: Array | float = 0.0
+) -> Array:
+    """mix (scale (y - mean) / std + bias) of y [N, H, W, K, C], in one pass; mix [K]."""
+    factor = mix[:, None] * scale * lax.rsqrt(stats.var + EPSILON)
+    return y * factor + (mix[:, None] * bias - factor * stats.mean)
 
 
 def _convolve(conv: Convolution, x: Array, kernels: Array) -> Array:

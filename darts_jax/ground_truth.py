@@ -141,7 +141,7 @@ class Agreement(NamedTuple):
     """How much of what a table holds is the architectures', and how much is chance.
 
     Attributes:
-      between: variance of accuracy between architectures, that of seeds taken out.
+      between: variance of accuracy between architectures, that of seeds taken out; at least 0.
       within: variance between seeds of one architecture.
       rank_correlation: Spearman's, the mean over pairs of seeds; NaN if one of them makes no
         difference between architectures.
@@ -162,7 +162,7 @@ def agreement(accuracy: np.ndarray) -> Agreement:
 
     seeds = accuracy.shape[1]
     within = accuracy.var(1, ddof=1).mean()
-    between = accuracy.mean(1).var(ddof=1) - within / seeds
+    between = max(accuracy.mean(1).var(ddof=1) - within / seeds, 0.0)
     with np.errstate(invalid="ignore"):
         ranks = np.corrcoef([rankdata(column) for column in accuracy.T])
     pairs = ranks[np.triu_indices(seeds, 1)]

@@ -12,7 +12,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,7 @@ from experiments import command_line, distributed
 from experiments.enumeration import Images, batched, make_train, pooled
 from experiments.metrics import Display
 from experiments.run_config import RunConfig, check_run, prepare
-from experiments.workdir import opened, write_config, writing
+from experiments.workdir import APART, opened, write_config, writing
 
 MODULE = "experiments.enumerate_space"
 TABLE, FINISHED = "table.npz", "networks"  # a file of a workdir, and a folder
@@ -69,7 +69,7 @@ class NetworkConfig:
 class TrainConfig:
     """SGD, its learning rate falling to zero as half of a cosine."""
 
-    epochs: int = 12
+    epochs: int = 25
     """Passes over the training images."""
     batch_size: int = 25
     """Images in a batch."""
@@ -166,13 +166,15 @@ def groups(config: Config, num_classes: int) -> list[Group]:
     ]
 
 
-def train_all(
-    config: Config, dataset: data.Dataset, workdir: Path, display: Display
-) -> ground_truth.Table:
-    """Trains what is not trained yet, and returns the table of all."""
-    representatives, class_of = isomorphism.classes(EDGES, PRIMITIVES)
-    with command_line.user_errors():
-        images = make_images(config.data, dataset)
+def make_train_group(
+    config: Config, dataset: data.Dataset, representatives: np.ndarray
+) -> Callable[[Group], np.ndarray]:
+    """A function from a group to its right predictions, uint16 [A, epochs, 2].
+
+    Raises:
+      ValueError: if the images are too few, or cannot be pooled.
+    """
+    images = make_images(config.data, dataset)
     steps = config.train.epochs * (config.data.train // config.train.batch_size)
     schedule = optax.cosine_decay_schedule(config.train.learning_rate, steps)
     optimizer = optax.chain(
@@ -181,21 +183,37 @@ def train_all(
     )
     network = small_network(config.network, dataset.num_classes)
     init, epoch = make_train(network, optimizer, config.train.batch_size)
+
+    def train_group(group: Group) -> np.ndarray:
+        # Of a seed and a class alone: a network does not depend on the group that it is in.
+        key = jax.random.fold_in(jax.random.key(config.seed), group.seed)
+        keys = jax.vmap(lambda c: jax.random.fold_in(key, c))(group.classes)
+        weights = one_hot(representatives[group.classes], len(PRIMITIVES))
+        state, right = init(keys, weights, images.train.image), []
+        for number in range(config.train.epochs):
+            state, count = epoch(state, number, images)
+            right.append(np.asarray(count))
+        return np.stack(right, 1).astype(np.uint16)
+
+    return train_group
+
+
+def train_all(
+    config: Config, dataset: data.Dataset, workdir: Path, display: Display
+) -> ground_truth.Table:
+    """Trains what is not trained yet, and returns the table of all."""
+    representatives, class_of = isomorphism.classes(EDGES, PRIMITIVES)
+    with command_line.user_errors():
+        train_group = make_train_group(config, dataset, representatives)
     todo = groups(config, len(representatives))
     right = np.zeros((len(representatives), config.seeds, config.train.epochs, 2), np.uint16)
     start, trained = time.monotonic(), 0
     for i, group in enumerate(todo):
         path = workdir / FINISHED / f"{i:04}.npy"
         if not path.exists():
-            key = jax.random.fold_in(jax.random.key(config.seed), group.seed)
-            keys = jax.vmap(lambda c, key=key: jax.random.fold_in(key, c))(group.classes)
-            weights = one_hot(representatives[group.classes], len(PRIMITIVES))
-            state, counts = init(keys, weights, images.train.image), []
-            for number in range(config.train.epochs):
-                state, count = epoch(state, number, images)
-                counts.append(np.asarray(count))
+            found = train_group(group)
             with writing(workdir):
-                _save(np.stack(counts, 1).astype(np.uint16), path)
+                _save(found, path)
             trained += 1
             rate = (time.monotonic() - start) / trained
             display.console.print(
@@ -208,15 +226,10 @@ def train_all(
     number = np.full(len(representatives), -1, np.int16)
     number[done] = np.arange(len(done))
     sizes = np.array([config.data.validation, len(dataset.test.labels)], np.int32)
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("run", "workdir")}
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in APART}
+    architectures = (representatives[done], number[class_of])
     return ground_truth.Table(
-        PRIMITIVES,
-        EDGES,
-        representatives[done],
-        number[class_of],
-        right[done],
-        sizes,
-        json.dumps(fields),
+        PRIMITIVES, EDGES, *architectures, right[done], sizes, json.dumps(fields)
     )
 
 
