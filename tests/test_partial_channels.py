@@ -137,7 +137,6 @@ def batch(seed):
     return search.Batch(draw(seed, (4, 8, 8, 1)).astype(jnp.float32), jnp.arange(4))
 
 
-@pytest.mark.slow
 def test_a_search_with_partial_channels_and_edge_weights():
     """Fewer parameters, and betas that move."""
     net = network(partial=2)

@@ -267,13 +267,7 @@ def bilevel(relax):
     return hypergradient.Bilevel(loss, loss), jnp.asarray(rng.normal(size=(3, 4)))
 
 
-@pytest.mark.parametrize(
-    "relax",
-    [
-        pytest.param(relax, id=name, marks=[pytest.mark.slow] if name == "dirichlet" else [])
-        for name, relax in EACH.items()
-    ],
-)
+@pytest.mark.parametrize("relax", EACH.values(), ids=EACH)
 def test_every_estimator_takes_it(relax, x64):
     problem, w = bilevel(relax)
     batches = [Context(jax.random.key(i), 0.5) for i in range(2)]

@@ -72,7 +72,6 @@ def test_all_off_is_plain_darts_bit_for_bit():
     assert remedies.extend(OFF, network) is network
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
