@@ -8,7 +8,7 @@ import jax
 
 from darts_jax import data, genotype, search, text
 from darts_jax.hypergradient import Bilevel
-from experiments import devices, runner, search_cnn, search_rnn, texts
+from experiments import devices, runner, search_cnn, search_config, search_rnn, texts
 from experiments.config import (
     AlphaConfig,
     DataConfig,
@@ -21,7 +21,7 @@ from experiments.config import (
 )
 from experiments.problem import Cells, Problem
 from experiments.recurrent_cell import START
-from experiments.search_cnn import NetworkConfig
+from experiments.search_config import NetworkConfig
 from experiments.search_rnn import ModelConfig
 from experiments.texts import DropoutConfig, TextConfig, TextOptimizerConfig
 
@@ -30,14 +30,14 @@ from experiments.texts import DropoutConfig, TextConfig, TextOptimizerConfig
 class CnnConfig:
     """The search of a convolutional cell, as `experiments.search_cnn` does it."""
 
-    data: DataConfig = search_cnn.DIGITS.data
-    network: NetworkConfig = search_cnn.DIGITS.network
+    data: DataConfig = search_config.DIGITS.data
+    network: NetworkConfig = search_config.DIGITS.network
     epochs: int = 2
     """Passes over the images that train w."""
-    batch_size: int = search_cnn.DIGITS.search.batch_size
+    batch_size: int = search_config.DIGITS.search.batch_size
     """Images in a batch, for w and for alpha alike."""
     w: WConfig = field(default_factory=WConfig)
-    alpha: AlphaConfig = search_cnn.DIGITS.search.alpha
+    alpha: AlphaConfig = search_config.DIGITS.search.alpha
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ def cnn(config: CnnConfig) -> Problem:
 
     @lru_cache
     def job(seed: int) -> runner.Job:
-        own = search_cnn.SearchConfig(
+        own = search_config.SearchConfig(
             epochs=config.epochs, batch_size=config.batch_size, w=config.w, alpha=config.alpha
         )
-        whole = search_cnn.Config(config.data, config.network, own, seed)
+        whole = search_config.Config(config.data, config.network, own, seed)
         return search_cnn.make_job(whole, dataset, Path())
 
     loss = search.make_loss(search_cnn.supernet(config.network, dataset.num_classes))

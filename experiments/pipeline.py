@@ -34,7 +34,7 @@ from experiments.config import DataConfig
 from experiments.evaluation_config import TrainConfig
 from experiments.metrics import Display
 from experiments.run_config import RunConfig, prepare
-from experiments.search_cnn import SearchConfig
+from experiments.search_config import SearchConfig
 from experiments.selection import (
     Candidate,
     fit_budget,

@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from darts_jax import data, genotype, perturbation, relaxation, search
-from experiments import command_line, remedies, runner, search_cnn
+from experiments import command_line, remedies, runner, search_cnn, search_config
 from experiments.images import plain_batch
 from experiments.metrics import Display
 from experiments.workdir import CONFIG, locked, writing
@@ -43,7 +43,7 @@ class Config:
     """Of the order in which edges and nodes are decided."""
 
 
-def read_config(workdir: Path) -> search_cnn.Config:
+def read_config(workdir: Path) -> search_config.Config:
     """The config of a search.
 
     Raises:
@@ -66,7 +66,7 @@ def read_config(workdir: Path) -> search_cnn.Config:
         fields = json.loads(path.read_bytes())
         if not {"data", "network", "search"} <= set(fields):
             raise ValueError("fields are missing")
-        return filled(search_cnn.DIGITS, fields)
+        return filled(search_config.DIGITS, fields)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"{path} is not the config of a search ({error}); give --search the workdir of one by"
@@ -75,7 +75,7 @@ def read_config(workdir: Path) -> search_cnn.Config:
 
 
 def by_perturbation(
-    own: Config, config: search_cnn.Config, dataset: data.Dataset, state: search.SearchState
+    own: Config, config: search_config.Config, dataset: data.Dataset, state: search.SearchState
 ) -> genotype.Genotype:
     """The cells that the supernet would lose most without, by accuracy on validation images."""
     options = config.search.remedies

@@ -19,7 +19,15 @@ from cheap_cells import CHEAP
 from tiny_network import TinyNetwork
 
 from darts_jax import augment, data, genotype, text
-from experiments import evaluate_cnn, evaluation_config, images, runner, search_cnn, search_rnn
+from experiments import (
+    evaluate_cnn,
+    evaluation_config,
+    images,
+    runner,
+    search_cnn,
+    search_config,
+    search_rnn,
+)
 from experiments import evaluate_rnn as rnn
 
 STEPS = 3
@@ -81,7 +89,7 @@ def make_job(name: str) -> runner.Job:
     return rnn.make_job(replace(config, cell=cell, train=train), corpus)
 
 
-def tiny(config: search_cnn.NetworkConfig, num_classes: int) -> TinyNetwork:
+def tiny(config: search_config.NetworkConfig, num_classes: int) -> TinyNetwork:
     """In place of the supernet."""
     return TinyNetwork(config.channels, config.layers, num_classes, config.nodes)
 

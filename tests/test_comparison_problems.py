@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from tiny_network import TinyNetwork
 
 from darts_jax import data, hypergradient, search, text
-from experiments import comparison, search_cnn, search_rnn
+from experiments import comparison, search_cnn, search_config, search_rnn
 from experiments.comparison_estimators import EXACT, Settings, methods
 from experiments.comparison_problems import (
     CleaningConfig,
@@ -97,14 +97,14 @@ def tiny(monkeypatch):
 def test_search_of_cells_is_that_of_search_cnn(tiny):
     """The same states after an epoch, by the loop of the comparison and by that of the search."""
     config = dataclasses.replace(
-        CnnConfig(), data=dataclasses.replace(search_cnn.DIGITS.data, limit=128), epochs=1
+        CnnConfig(), data=dataclasses.replace(search_config.DIGITS.data, limit=128), epochs=1
     )
     found = end_of_search(make(config), EXACT, seed=3)
 
     whole = dataclasses.replace(
-        search_cnn.DIGITS,
+        search_config.DIGITS,
         data=config.data,
-        search=dataclasses.replace(search_cnn.DIGITS.search, epochs=1),
+        search=dataclasses.replace(search_config.DIGITS.search, epochs=1),
         seed=3,
     )
     job = search_cnn.make_job(whole, data.load("digits", None, 128), Path())
@@ -153,7 +153,7 @@ def test_names_of_the_alphas_of_a_recurrent_cell():
 
 def test_cells_are_validated_by_running_statistics(tiny):
     config = dataclasses.replace(
-        CnnConfig(), data=dataclasses.replace(search_cnn.DIGITS.data, limit=100)
+        CnnConfig(), data=dataclasses.replace(search_config.DIGITS.data, limit=100)
     )
     problem = make(config)
     state = problem.init(0)
@@ -185,7 +185,7 @@ def test_names_of_the_alphas_of_cells(tiny):
         (CleaningConfig(images=0), "--problem.images is 0; give at least 1"),
         (CnnConfig(epochs=0), "--problem.epochs is 0; give at least 1"),
         (
-            CnnConfig(network=search_cnn.NetworkConfig(channels=0)),
+            CnnConfig(network=search_config.NetworkConfig(channels=0)),
             "--problem.network.channels is 0; give at least 1",
         ),
         (CnnConfig(data=search_cnn.DataConfig("digit")), "unknown dataset 'digit'"),

@@ -16,7 +16,7 @@ from experiments.distributed import Distributed
 from experiments.metrics import MEASURED
 from experiments.remedies import RemediesConfig
 from experiments.run_config import RunConfig
-from experiments.search_cnn import PRESETS, Config, SearchConfig
+from experiments.search_config import PRESETS, Config, SearchConfig
 
 NUM_EDGES = 14
 
@@ -119,7 +119,7 @@ def test_help_explains_each_field(capsys, monkeypatch):
     source = [
         line
         for file in map(
-            inspect.getfile, (search_cnn, DataConfig, RemediesConfig, RunConfig, Distributed)
+            inspect.getfile, (Config, DataConfig, RemediesConfig, RunConfig, Distributed)
         )
         for line in Path(file).read_text().splitlines()
     ]
