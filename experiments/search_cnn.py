@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import optax
 import tyro
+from jax.sharding import Mesh, PartitionSpec
 from rich.table import Table
 from rich.text import Text
 
@@ -91,7 +92,8 @@ class Config:
     seeds: int = 1
     """Searches to run side by side: by this seed and those that follow it."""
     seeds_at_once: int | None = None
-    """Of these, so many in one batch of arrays, which bounds memory; None for all, on a CPU 1."""
+    """Of these, so many in one batch of arrays, which bounds memory; None for all, on CPUs for one
+    on each device."""
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     workdir: Path | None = None
     """Folder to write to, and to resume from; None for runs/search_cnn-PRESET-seedSEED."""
@@ -214,7 +216,7 @@ def make_estimator(
 
 
 def make_train_step(
-    step: Callable, config: DataConfig, dataset: data.Dataset
+    mesh: Mesh, step: Callable, config: DataConfig, dataset: data.Dataset
 ) -> Callable[[search.SearchState, Images, Indices], tuple[search.SearchState, search.Metrics]]:
     """The search step on images that are taken from the device and augmented there."""
 
@@ -225,7 +227,7 @@ def make_train_step(
         key: jax.Array, count: jax.Array, images: Images, indices: Indices
     ) -> tuple[search.Batch, search.Batch]:
         train_key, val_key = jax.random.split(jax.random.fold_in(key, count))
-        indices = devices.constrain(indices, 0)
+        indices = devices.constrain(mesh, indices, devices.BATCH)
         # The original augments the batches that train alpha, too.
         train_batch = augmented(train_key, images.train, indices.train)
         return train_batch, augmented(val_key, images.val, indices.val)
@@ -237,7 +239,7 @@ def make_train_step(
 
 
 def make_eval_step(
-    evaluate: Callable, dataset: data.Dataset
+    mesh: Mesh, evaluate: Callable, dataset: data.Dataset
 ) -> Callable[..., tuple[dict[str, jax.Array], jax.Array]]:
     """The evaluation on validation images as they are."""
 
@@ -247,7 +249,9 @@ def make_eval_step(
         loss, correct = evaluate(state, plain_batch(dataset, images.val, indices), mask)
         return {"eval_loss": loss, "eval_accuracy": correct}, mask.sum()
 
-    return lambda state, images, batch: eval_step(state, images, devices.spread(batch, 0))
+    return lambda state, images, batch: eval_step(
+        state, images, devices.spread(mesh, batch, devices.BATCH)
+    )
 
 
 def end_epoch(workdir: Path, state: search.SearchState) -> dict[str, Any]:
@@ -279,9 +283,11 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
         skip_nonfinite=config.run.skip_nonfinite,
     )
 
-    train_step = make_train_step(step, config.data, dataset)
-    eval_step = make_eval_step(search.make_evaluate(network), dataset)
-    images = devices.keep(Images(train, val))
+    mesh = devices.mesh(config.seeds, config.seeds_at_once)
+    train_step = make_train_step(mesh, step, config.data, dataset)
+    eval_step = make_eval_step(mesh, search.make_evaluate(network), dataset)
+    images = devices.keep(mesh, Images(train, val))
+    spec = PartitionSpec(*devices.leading(config.seeds))
     facts = {"train images": data.fingerprint(train), "validation images": data.fingerprint(val)}
 
     def alone(seed: int, folder: Path) -> runner.Job:
@@ -308,10 +314,10 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
             checked=search.checked,
             draw=partial(draw, folder),
             facts=facts,
-            place=devices.replicate,
+            place=lambda state: devices.spread(mesh, state, spec),
         )
 
-    return seeds.together(alone, seeds_of(config), config.seeds_at_once, workdir)
+    return seeds.together(alone, seeds_of(config), config.seeds_at_once, workdir, mesh)
 
 
 def seeds_of(config: Config) -> range:
@@ -333,7 +339,8 @@ def check(config: Config) -> None:
         ("search.alpha.b2", alpha.b2, 0),
         ("search.alpha.weight-decay", alpha.weight_decay, 0),
     )
-    devices.check_batch("search.batch-size", config.search.batch_size)
+    mesh = devices.mesh(config.seeds, config.seeds_at_once)
+    devices.check_batch(mesh, "search.batch-size", config.search.batch_size)
     check_groups(config.network.batch_norm_groups, config.search.batch_size)
     check_w(config.search.w, "search.w")
     if not config.search.radius > 0:
