@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import PartitionSpec as P
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 # Channels whose depthwise kernel gradients are taken from one dense product: more would waste
@@ -89,7 +90,9 @@ def _bilinear(
     """A primitive for a bilinear `function(lhs, rhs, **params)`, complete with its derivatives.
 
     If `looped`, a batch of both arguments is a loop on CPUs: as one convolution it would be one of
-    groups, for which they have no fast path.
+    groups, for which they have no fast path. A batch that is spread over devices (`spmd_axis_name`
+    of `jax.vmap`, where the mesh is set) is a convolution on each: of one with groups, the
+    compiler would gather the groups, or fail.
     """
     primitive = Primitive(name)
 
@@ -97,9 +100,22 @@ def _bilinear(
         out = jax.eval_shape(lambda a, b: function(a, b, **params), lhs, rhs)
         return jax.core.ShapedArray(out.shape, out.dtype)
 
-    def batch(args, dims, **params):
+    def batch(axis, args, dims, **params):
+        if all(dim is None for dim in dims):
+            return primitive.bind(*args, **params), None
+
         def at_once(*args):
             return jax.vmap(lambda a, b: function(a, b, **params), in_axes=tuple(dims))(*args)
+
+        if axis.spmd_name is not None:
+            specs = tuple(P() if dim is None else P(*(None,) * dim, axis.spmd_name) for dim in dims)
+            on_each = jax.shard_map(
+                at_once,
+                in_specs=specs,
+                out_specs=P(axis.spmd_name),
+                axis_names=set(axis.spmd_name),
+            )
+            return on_each(*args), 0
 
         if None in dims or not looped:
             return at_once(*args), 0
@@ -118,7 +134,7 @@ def _bilinear(
     primitive.def_abstract_eval(abstract)
     mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
     ad.defbilinear(primitive, transpose_lhs, transpose_rhs)
-    batching.primitive_batchers[primitive] = batch
+    batching.fancy_primitive_batchers[primitive] = batch
     return primitive
 
 

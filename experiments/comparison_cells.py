@@ -80,7 +80,9 @@ def cnn(config: CnnConfig) -> Problem:
         return search_cnn.make_job(whole, dataset, Path())
 
     loss = search.make_loss(search_cnn.supernet(config.network, dataset.num_classes))
-    augmented = search_cnn.make_train_step(lambda _, *pair: pair, config.data, dataset)
+    augmented = search_cnn.make_train_step(
+        devices.mesh(), lambda _, *pair: pair, config.data, dataset
+    )
     steps_per_epoch, num_steps = job(0).steps_per_epoch, config.epochs * job(0).steps_per_epoch
 
     def prepare(seed: int, state: search.SearchState, step: int):

@@ -1,33 +1,55 @@
-"""Spreading batches over all devices, of this process and of others: one mesh, one axis.
+"""Spreading work over all devices, of this process and of others: batches, and seeds.
+
+The devices are a mesh of two axes. Batches are spread over `data`, and what is of several seeds, as
+their states, over `seed`. A job makes its mesh once and gives it to what needs it.
 
 The program is the one that a single device runs; the compiler inserts the sums over devices. So
 statistics of a batch, and the loss, are those of the whole batch, to rounding. With one device
 nothing here does anything.
 """
 
-from functools import cache, partial
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 PyTree = Any
 
-AXIS = "data"  # of the mesh, over which batches are spread
+SEED, DATA = "seed", "data"  # axes of the mesh
+BATCH = PartitionSpec(DATA)  # of arrays whose first axis is that of a batch
+WHOLE = PartitionSpec()
 
 
-@cache
-def mesh() -> Mesh:
-    """All devices, those of one process side by side."""
+def mesh(
+    seeds: int = 1, at_once: int | None = None, among: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """All devices, [seed, data]: groups, each of which has as many of the seeds.
+
+    Args:
+      seeds: of the job. The groups are as many as devices, seeds and `at_once` allow: their
+        greatest common divisor.
+      at_once: how many of the seeds go through a step at once; None for all.
+      among: the devices; None for all that there are, those of one process side by side.
+    """
+    among = jax.devices() if among is None else among
+    groups = math.gcd(len(among), seeds, at_once or 0)
     # The compiler chooses what is not told: types of axes are not part of the functions.
-    return Mesh(np.array(jax.devices()), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    return Mesh(np.array(among).reshape(groups, -1), (SEED, DATA), axis_types=(AxisType.Auto,) * 2)
 
 
-def check_batch(flag: str, size: int) -> None:
+def leading(seeds: int) -> tuple[str, ...]:
+    """The axes of the mesh that come first in what is of each of so many seeds, as their states."""
+    return () if seeds == 1 else (SEED,)
+
+
+def check_batch(mesh: Mesh, flag: str, size: int) -> None:
     """Raises a ValueError if a batch cannot be spread evenly, naming the flag of its size."""
-    count = mesh().size
+    count = mesh.shape[DATA]
     if size % count:
         raise ValueError(
             f"a batch of {size} cannot be spread evenly over {count} devices; give a --{flag} that"
@@ -35,51 +57,60 @@ def check_batch(flag: str, size: int) -> None:
         )
 
 
-def spread(tree: PyTree, axis: int) -> PyTree:
-    """Arrays, the same in each process, spread over the devices along an axis.
+def spread(mesh: Mesh, tree: PyTree, spec: PartitionSpec = WHOLE) -> PyTree:
+    """Arrays, the same in each process, spread over the devices as a spec says.
 
-    Whole on every device if the axis is not a multiple of them; as they are if there is one device.
+    Whole along an axis that is no multiple of its devices; as they are if there is one device.
     """
-    return jax.tree.map(lambda leaf: _put(leaf, _spec(leaf.shape, axis)), tree)
+    return tree if mesh.size == 1 else jax.tree.map(partial(_put, mesh, spec), tree)
 
 
-def replicate(tree: PyTree) -> PyTree:
-    """Arrays, the same in each process, whole on every device; as they are if there is one."""
-    return jax.tree.map(lambda leaf: _put(leaf, PartitionSpec()), tree)
+def keep(mesh: Mesh, tree: PyTree, spec: PartitionSpec = WHOLE) -> PyTree:
+    """Arrays that stay on the devices, as by `spread`."""
+    return jax.device_put(tree) if mesh.size == 1 else spread(mesh, tree, spec)
 
 
-def keep(tree: PyTree, axis: int | None = None) -> PyTree:
-    """Arrays that stay on the devices: as `replicate` does or, given an axis, as `spread`."""
-    if mesh().size == 1:
-        return jax.device_put(tree)
-    return replicate(tree) if axis is None else spread(tree, axis)
-
-
-def spread_share(tree: PyTree, axis: int) -> PyTree:
-    """As `spread`, of arrays that hold only this process's `share` of the axis."""
-    if mesh().size == 1:
+def spread_share(mesh: Mesh, tree: PyTree, spec: PartitionSpec) -> PyTree:
+    """As `spread`, of arrays that hold only this process's `share` of the batch, for one seed."""
+    if mesh.size == 1:
         return tree
-    sharding = NamedSharding(mesh(), PartitionSpec(*(None,) * axis, AXIS))
-    return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), tree)
+
+    def one(leaf: np.ndarray) -> jax.Array:
+        sharding = NamedSharding(mesh, _fitting(mesh, spec, (mesh.size,) * leaf.ndim))
+        return jax.make_array_from_process_local_data(sharding, leaf)
+
+    return jax.tree.map(one, tree)
 
 
-def share(size: int) -> slice:
-    """The places in a batch of this size that are on devices of this process."""
-    own = [i for i, device in enumerate(mesh().devices) if device in jax.local_devices()]
-    each = size // mesh().size
+def share(mesh: Mesh, size: int) -> slice:
+    """The places in a batch of this size, of one seed, that are on devices of this process."""
+    own = [i for i, device in enumerate(mesh.devices.flat) if device in jax.local_devices()]
+    each = size // mesh.size
     return slice(own[0] * each, (own[-1] + 1) * each)
 
 
-def constrain(tree: PyTree, axis: int) -> PyTree:
-    """As `spread`, inside jit; as it is where the axis is not a multiple of the devices."""
+def constrain(mesh: Mesh, tree: PyTree, spec: PartitionSpec) -> PyTree:
+    """As `spread`, inside jit; as they are where a spec leaves them whole."""
 
     def one(leaf: jax.Array) -> jax.Array:
-        spec = _spec(leaf.shape, axis)
-        if mesh().size == 1 or spec == PartitionSpec():
+        own = _fitting(mesh, spec, leaf.shape)
+        if own == WHOLE:
             return leaf
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh(), spec))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, own))
 
     return jax.tree.map(one, tree)
+
+
+def within(mesh: Mesh, step: Callable) -> Callable:
+    """A step, made where JAX knows the mesh, as a map over groups of devices needs it."""
+    if mesh.shape[SEED] == 1:
+        return step
+
+    def run(*args: PyTree) -> PyTree:
+        with jax.set_mesh(mesh):
+            return step(*args)
+
+    return run
 
 
 def gather(tree: PyTree) -> PyTree:
@@ -89,15 +120,14 @@ def gather(tree: PyTree) -> PyTree:
 
 def collect(tree: PyTree) -> PyTree:
     """Arrays on one device again, where what follows is for one."""
-    if mesh().size == 1:
-        return tree
     return jax.tree.map(_collect, tree)
 
 
 def _collect(leaf: jax.Array) -> jax.Array:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        bits = _collect(jax.random.key_data(leaf))
-        return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf))
+    if not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1:
+        return leaf
+    if _is_key(leaf):
+        return _like_key(leaf, _collect(jax.random.key_data(leaf)))
     return jax.numpy.asarray(np.asarray(leaf))
 
 
@@ -106,20 +136,37 @@ def _gather(leaf: Any) -> Any:
         return leaf
     if leaf.is_fully_replicated:
         return leaf.addressable_data(0)
+    if _is_key(leaf):
+        return _like_key(leaf, _gather(jax.random.key_data(leaf)))
     return multihost_utils.process_allgather(leaf, tiled=True)
 
 
-def _spec(shape: tuple[int, ...], axis: int) -> PartitionSpec:
-    return PartitionSpec() if shape[axis] % mesh().size else PartitionSpec(*(None,) * axis, AXIS)
+def _fitting(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
+    """The spec without axes that are no multiple of their devices, or have one device.
+
+    Over one device nothing is spread, and all arrays should say so alike.
+    """
+    names = [
+        name if name and mesh.shape[name] > 1 and size % mesh.shape[name] == 0 else None
+        for name, size in zip(spec, shape, strict=False)
+    ]
+    while names and names[-1] is None:
+        names.pop()
+    return PartitionSpec(*names)
 
 
-def _put(leaf: Any, spec: PartitionSpec) -> Any:
+def _put(mesh: Mesh, spec: PartitionSpec, leaf: Any) -> Any:
     """Without a look at what other processes have, unlike `jax.device_put`."""
-    if mesh().size == 1:
-        return leaf
-    if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
-        bits = _put(jax.random.key_data(leaf), spec)
-        return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf))
+    if _is_key(leaf):
+        return _like_key(leaf, _put(mesh, spec, jax.random.key_data(leaf)))
     host = np.asarray(leaf)
-    sharding = NamedSharding(mesh(), spec)
+    sharding = NamedSharding(mesh, _fitting(mesh, spec, host.shape))
     return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key)
+
+
+def _like_key(key: jax.Array, bits: jax.Array) -> jax.Array:
+    return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(key))

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 from rich.table import Table
 from rich.text import Text
 
@@ -30,7 +31,7 @@ from experiments.evaluation_config import PRESETS, Config
 from experiments.memory import enough_memory, peak_memory
 from experiments.metrics import Display
 from experiments.run_config import check_run, prepare
-from experiments.seeds import OF_SEED, mean_text
+from experiments.seeds import OF_SEED, mean_text, over
 from experiments.sources import newest_search, saved_genotype
 from experiments.workdir import opened, writing
 
@@ -82,8 +83,9 @@ def make_job(config: Config, dataset: images.ImageData) -> runner.Job:
     """
     train_config = config.train
     seeds = range(config.seed, config.seed + config.seeds)
-    over_seeds = partial(jax.lax.map, batch_size=config.seeds_at_once or 0)  # 0 for all
-    feed = images.make_feed(config, dataset)
+    mesh = devices.mesh(config.seeds, config.seeds_at_once)
+    over_seeds = partial(over, mesh, config.seeds_at_once)
+    feed = images.make_feed(mesh, config, dataset)
     steps_per_epoch = feed.steps_per_epoch
     if steps_per_epoch % train_config.accumulate:
         raise ValueError(
@@ -138,11 +140,18 @@ def make_job(config: Config, dataset: images.ImageData) -> runner.Job:
             means |= {f"{name}{OF_SEED}{seed}": value for seed, value in each}
         return means, mask.sum()
 
+    def placed_train_step(states, data, items):
+        spec = PartitionSpec(devices.SEED, devices.DATA)
+        return train_step(states, data, feed.place(items, spec))
+
+    def placed_eval_step(states, data, item):
+        return eval_step(states, data, feed.place(item, devices.BATCH))
+
     return runner.Job(
         name="training step",
         init=init,
-        train_step=lambda states, data, items: train_step(states, data, feed.place(items, 1)),
-        eval_step=lambda states, data, item: eval_step(states, data, feed.place(item, 0)),
+        train_step=devices.within(mesh, placed_train_step),
+        eval_step=devices.within(mesh, placed_eval_step),
         data=feed.data,
         train_batches=feed.train_batches,
         eval_batches=feed.eval_batches,
@@ -151,7 +160,7 @@ def make_job(config: Config, dataset: images.ImageData) -> runner.Job:
         end_epoch=lambda states: {},
         checked=training.checked,
         facts=feed.facts,
-        place=devices.replicate,
+        place=lambda states: devices.spread(mesh, states, PartitionSpec(devices.SEED)),
     )
 
 

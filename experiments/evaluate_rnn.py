@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax.sharding import Mesh
 from rich.table import Table
 from rich.text import Text
 
@@ -181,14 +182,15 @@ def make_job(config: Config, corpus: Corpus) -> runner.Job:
       ValueError: if a text is too short for its columns or a window.
     """
     seed, own = config.seed, config.train
+    mesh = devices.mesh()
     longest = own.length + text.LENGTH_EXTRA  # padded to one length, so that one is compiled
-    rows = texts.on_device(corpus.train, own.batch_size, longest)
+    rows = texts.on_device(mesh, corpus.train, own.batch_size, longest)
     num_rows = len(rows) - longest
     steps_per_epoch = text.num_windows(num_rows, own.length)
     optimizer = texts.optimizer(own.w)
     cell, init_params, width = texts.recurrence(config.cell, config.size)
     loss = language_model.make_discrete_loss(cell, texts.dropout_of(config.dropout), own.slowness)
-    evaluate = texts.make_evaluation(corpus, "valid", own.eval_batch_size, width)
+    evaluate = texts.make_evaluation(mesh, corpus, "valid", own.eval_batch_size, width)
 
     def init() -> State:
         params_key, state_key = jax.random.split(jax.random.key(seed))
@@ -257,13 +259,14 @@ def make_job(config: Config, corpus: Corpus) -> runner.Job:
         checked=lambda state: training.Checked(0.0, state.params),
         next_epoch=next_epoch,
         facts={"text": text.fingerprint(corpus)},
-        place=place,
+        place=partial(place, mesh),
     )
 
 
-def place(state: State) -> State:
+def place(mesh: Mesh, state: State) -> State:
     """The state on the devices, which have their own columns of the hidden state."""
-    return devices.replicate(state)._replace(hidden=devices.spread(state.hidden, axis=0))
+    hidden = devices.spread(mesh, state.hidden, devices.BATCH)
+    return devices.spread(mesh, state)._replace(hidden=hidden)
 
 
 def check(config: Config) -> None:
@@ -277,7 +280,7 @@ def check(config: Config) -> None:
         ("train.slowness", own.slowness, 0),
         ("train.patience", own.patience, 1),
     )
-    devices.check_batch("train.batch-size", own.batch_size)
+    devices.check_batch(devices.mesh(), "train.batch-size", own.batch_size)
     command_line.check_seed(config.seed)
     check_run(config.run)
 
@@ -316,7 +319,7 @@ def finish(
     cell, _, width = texts.recurrence(config.cell, config.size)
     params = result.state.average.mean
     # The test text is read as one column, as it is.
-    evaluate = texts.make_evaluation(corpus, "test", 1, width)
+    evaluate = texts.make_evaluation(devices.mesh(), corpus, "test", 1, width)
     total, tokens = jax.jit(partial(evaluate, cell=cell))(params)
     key, _ = jax.random.split(result.state.key)  # steps fold their numbers in
     hidden, start = jnp.zeros((1, width)), corpus.vocabulary.index(text.END)

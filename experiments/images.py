@@ -1,10 +1,12 @@
 """Images as a training takes them: from the device, or as a stream of batches."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from darts_jax import data, stream
 from darts_jax.augment import augment, normalize
@@ -64,7 +66,7 @@ class Feed(NamedTuple):
       train_batch: (key, data, item of one seed) -> `Batch`, augmented; for jit.
       eval_batch: (data, item) -> (`Batch`, mask); for jit.
       facts: what identifies the images.
-      place: (item, axis of its images) -> the item on the devices.
+      place: (item, axes of the mesh over which it is spread) -> the item on the devices.
     """
 
     data: PyTree
@@ -74,13 +76,14 @@ class Feed(NamedTuple):
     train_batch: Callable[[jax.Array, PyTree, Any], Batch]
     eval_batch: Callable[[PyTree, Any], tuple[Batch, jax.Array]]
     facts: Mapping[str, str]
-    place: Callable[[Any, int], Any]
+    place: Callable[[Any, PartitionSpec], Any]
 
 
 def check(config: Config) -> None:
     """Raises a ValueError for what can be seen to be wrong before anything is loaded."""
     check_data(config.data)
-    devices.check_batch("train.batch-size", config.train.batch_size)
+    mesh = devices.mesh(config.seeds, config.seeds_at_once)
+    devices.check_batch(mesh, "train.batch-size", config.train.batch_size)
     if config.data.name not in stream.NAMES:
         data.check(config.data.name)
         return
@@ -107,24 +110,24 @@ def load(config: Config) -> ImageData:
     return data.load(own.name, own.path, own.limit)
 
 
-def make_feed(config: Config, dataset: ImageData) -> Feed:
+def make_feed(mesh: Mesh, config: Config, dataset: ImageData) -> Feed:
     """The batches of a training.
 
     Raises:
       ValueError: if the images are too few for a batch.
     """
     if isinstance(dataset, Stream):
-        return _stream_feed(config, dataset)
-    return _device_feed(config, dataset)
+        return _stream_feed(mesh, config, dataset)
+    return _device_feed(mesh, config, dataset)
 
 
-def _device_feed(config: Config, dataset: Dataset) -> Feed:
+def _device_feed(mesh: Mesh, config: Config, dataset: Dataset) -> Feed:
     train, test = dataset.train, dataset.test
     if config.train.portion < 1:
         train, test = data.split_search(dataset.train, config.train.portion)
     batch_size, train_size, test_size = config.train.batch_size, len(train.labels), len(test.labels)
     test_batch = min(batch_size, test_size)
-    test_batch += -test_batch % devices.mesh().size
+    test_batch += -test_batch % mesh.shape[devices.DATA]
     augmented = make_augment(config.data, dataset)
     seeds = range(config.seed, config.seed + config.seeds)
 
@@ -137,22 +140,22 @@ def _device_feed(config: Config, dataset: Dataset) -> Feed:
         return plain_batch(dataset, images.test, indices), mask
 
     return Feed(
-        devices.keep(Images(train, test)),
+        devices.keep(mesh, Images(train, test)),
         len(train_batches(0)),
         train_batches,
         list(data.padded_indices(test_size, test_batch)),
         lambda key, images, indices: augmented(key, images.train, indices),
         eval_batch,
         {"train images": data.fingerprint(train), "test images": data.fingerprint(test)},
-        devices.spread,
+        partial(devices.spread, mesh),
     )
 
 
-def _stream_feed(config: Config, dataset: Stream) -> Feed:
+def _stream_feed(mesh: Mesh, config: Config, dataset: Stream) -> Feed:
     """Batches from worker processes, which read what is for devices of this process."""
     own, batch_size = config.stream, config.train.batch_size
     jitter = stream.Jitter(own.colours, own.colours, own.colours, own.hue)
-    share = devices.share(batch_size)
+    share = devices.share(mesh, batch_size)
 
     def train_batches(epoch: int) -> stream.Batches:
         return stream.train_batches(
@@ -182,10 +185,10 @@ def _stream_feed(config: Config, dataset: Stream) -> Feed:
         split, mask = item
         return Batch(normalize(split.images, dataset.mean, dataset.std), split.labels), mask
 
-    def place(item: PyTree, axis: int) -> PyTree:
-        if axis:  # that of the seeds, which is one
+    def place(item: PyTree, spec: PartitionSpec) -> PyTree:
+        if devices.SEED in spec:  # the seeds are one
             item = jax.tree.map(lambda x: x[None], item)
-        return devices.spread_share(item, axis)
+        return devices.spread_share(mesh, item, spec)
 
     return Feed(
         None,

@@ -190,7 +190,8 @@ def _loop(
         while step < end:
             due = partial(_due, stop, time.monotonic() + 60 * config.save_minutes)
             state, step = _train(job, state, step, batches, due, observer, profile)
-            require_finite(step, devices.gather(state))
+            whole = devices.gather(state)
+            require_finite(step, whole)
             seconds, values = time.monotonic() - start, {}
             if step == end:
                 values = _evaluate(job.eval_step, state, job.data, job.eval_batches)
@@ -198,7 +199,7 @@ def _loop(
                 other = {"seconds": time.monotonic() - start, "memory_bytes": device_memory()}
                 if distributed.is_first():
                     with writing(workdir):
-                        other |= job.end_epoch(state)
+                        other |= job.end_epoch(whole)
                 display.epoch(log.write("epoch", step, epoch + 1, values, **other))
                 state, seconds = job.next_epoch(state, log.epochs), 0.0
             saved = _Saved(devices.gather(state), log.sync(), seconds)

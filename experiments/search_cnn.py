@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh, PartitionSpec
 from rich.table import Table
 from rich.text import Text
 
@@ -88,7 +89,7 @@ def make_estimator(
 
 
 def make_train_step(
-    step: Callable, config: DataConfig, dataset: data.Dataset
+    mesh: Mesh, step: Callable, config: DataConfig, dataset: data.Dataset
 ) -> Callable[[search.SearchState, Images, Indices], tuple[search.SearchState, search.Metrics]]:
     """The search step on images that are taken from the device and augmented there."""
 
@@ -99,7 +100,7 @@ def make_train_step(
         key: jax.Array, count: jax.Array, images: Images, indices: Indices
     ) -> tuple[search.Batch, search.Batch]:
         train_key, val_key = jax.random.split(jax.random.fold_in(key, count))
-        indices = devices.constrain(indices, 0)
+        indices = devices.constrain(mesh, indices, devices.BATCH)
         # The original augments the batches that train alpha, too.
         train_batch = augmented(train_key, images.train, indices.train)
         return train_batch, augmented(val_key, images.val, indices.val)
@@ -111,7 +112,7 @@ def make_train_step(
 
 
 def make_eval_step(
-    evaluate: Callable, dataset: data.Dataset
+    mesh: Mesh, evaluate: Callable, dataset: data.Dataset
 ) -> Callable[..., tuple[dict[str, jax.Array], jax.Array]]:
     """The evaluation on validation images as they are."""
 
@@ -121,7 +122,9 @@ def make_eval_step(
         loss, correct = evaluate(state, plain_batch(dataset, images.val, indices), mask)
         return {"eval_loss": loss, "eval_accuracy": correct}, mask.sum()
 
-    return lambda state, images, batch: eval_step(state, images, devices.spread(batch, 0))
+    return lambda state, images, batch: eval_step(
+        state, images, devices.spread(mesh, batch, devices.BATCH)
+    )
 
 
 def end_epoch(
@@ -167,9 +170,11 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
     )
     eigenvalue = remedies.make_eigenvalue(network, whole, dataset, val, batch_size, num_steps)
 
-    train_step = make_train_step(step, config.data, dataset)
-    eval_step = make_eval_step(search.make_evaluate(network, whole), dataset)
-    images = devices.keep(Images(train, val))
+    mesh = devices.mesh(config.seeds, config.seeds_at_once)
+    train_step = make_train_step(mesh, step, config.data, dataset)
+    eval_step = make_eval_step(mesh, search.make_evaluate(network, whole), dataset)
+    images = devices.keep(mesh, Images(train, val))
+    spec = PartitionSpec(*devices.leading(config.seeds))
     facts = {
         "train images": data.fingerprint(train),
         "validation images": data.fingerprint(val),
@@ -206,11 +211,11 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
             stop=lambda lines: remedies.stop_line(own, lines) is not None,
             draw=partial(draw, folder, own),
             facts=facts,
-            place=devices.replicate,
+            place=lambda state: devices.spread(mesh, state, spec),
         )
 
     return seeds.together(
-        alone, seeds_of(config), config.seeds_at_once, workdir, partial(found, own)
+        alone, seeds_of(config), config.seeds_at_once, workdir, mesh, partial(found, own)
     )
 
 
@@ -234,7 +239,8 @@ def check(config: Config) -> None:
         ("search.alpha.b2", alpha.b2, 0),
         ("search.alpha.weight-decay", alpha.weight_decay, 0),
     )
-    devices.check_batch("search.batch-size", config.search.batch_size)
+    mesh = devices.mesh(config.seeds, config.seeds_at_once)
+    devices.check_batch(mesh, "search.batch-size", config.search.batch_size)
     check_groups(config.network.batch_norm_groups, config.search.batch_size)
     check_w(config.search.w, "search.w")
     if not config.search.radius > 0:

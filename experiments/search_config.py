@@ -59,7 +59,8 @@ class Config:
     seeds: int = 1
     """Searches to run side by side: by this seed and those that follow it."""
     seeds_at_once: int | None = None
-    """Of these, so many in one batch of arrays, which bounds memory; None for all, on a CPU 1."""
+    """Of these, so many in one batch of arrays, which bounds memory; None for all, on CPUs for one
+    on each device."""
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     workdir: Path | None = None
     """Folder to write to, and to resume from; None for runs/search_cnn-PRESET-seedSEED."""

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh, PartitionSpec
 from rich.table import Table
 from rich.text import Text
 
@@ -86,7 +87,8 @@ class Config:
     seeds: int = 1
     """Searches to run side by side: by this seed and those that follow it."""
     seeds_at_once: int | None = None
-    """Of these, so many in one batch of arrays, which bounds memory; None for all, on a CPU 1."""
+    """Of these, so many in one batch of arrays, which bounds memory; None for all, on CPUs for one
+    on each device."""
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     workdir: Path | None = None
     """Folder to write to, and to resume from; None for runs/search_rnn-PRESET-seedSEED."""
@@ -247,9 +249,10 @@ def make_job(config: Config, corpus: Corpus, workdir: Path) -> runner.Job:
     """
     own, size = config.search, config.model.size
     longest, vocabulary = own.length, len(corpus.vocabulary)
+    mesh = devices.mesh(config.seeds, config.seeds_at_once)
     data = texts.Texts(
-        texts.on_device(corpus.train, own.batch_size, longest),
-        texts.on_device(corpus.valid, own.batch_size, longest),
+        texts.on_device(mesh, corpus.train, own.batch_size, longest),
+        texts.on_device(mesh, corpus.valid, own.batch_size, longest),
     )
     train_rows, val_rows = (len(rows) - longest for rows in data)
     steps_per_epoch = text.num_windows(train_rows, longest)
@@ -259,7 +262,7 @@ def make_job(config: Config, corpus: Corpus, workdir: Path) -> runner.Job:
         task(config), make_estimator(own, w), w, alpha, skip_nonfinite=config.run.skip_nonfinite
     )
     hidden = jnp.zeros((own.batch_size, size))
-    evaluate = texts.make_evaluation(corpus, "valid", own.eval_batch_size, size)
+    evaluate = texts.make_evaluation(mesh, corpus, "valid", own.eval_batch_size, size)
 
     @jax.jit
     def eval_step(state: search.SearchState, data: texts.Texts, _: jax.Array):
@@ -306,10 +309,10 @@ def make_job(config: Config, corpus: Corpus, workdir: Path) -> runner.Job:
             checked=search.checked,
             draw=partial(draw, folder),
             facts=facts,
-            place=partial(place, columns=0 if config.seeds == 1 else 1),
+            place=partial(place, mesh, devices.leading(config.seeds)),
         )
 
-    return seeds.together(alone, seeds_of(config), config.seeds_at_once, workdir, found)
+    return seeds.together(alone, seeds_of(config), config.seeds_at_once, workdir, mesh, found)
 
 
 def seeds_of(config: Config) -> range:
@@ -317,10 +320,12 @@ def seeds_of(config: Config) -> range:
     return range(config.seed, config.seed + config.seeds)
 
 
-def place(state: search.SearchState, columns: int) -> search.SearchState:
+def place(mesh: Mesh, leading: Sequence[str], state: search.SearchState) -> search.SearchState:
     """The state on the devices, which have their own columns, an axis of the hidden states."""
-    placed, carry = devices.replicate(state), state.carry
-    hidden = devices.spread((carry.train_hidden, carry.val_hidden), columns)
+    placed, carry = devices.spread(mesh, state, PartitionSpec(*leading)), state.carry
+    hidden = devices.spread(
+        mesh, (carry.train_hidden, carry.val_hidden), PartitionSpec(*leading, devices.DATA)
+    )
     return placed._replace(carry=Carry(placed.carry.running, *hidden))
 
 
@@ -346,7 +351,8 @@ def check(config: Config) -> None:
         ("search.alpha.b2", own.alpha.b2, 0),
         ("search.alpha.weight-decay", own.alpha.weight_decay, 0),
     )
-    devices.check_batch("search.batch-size", own.batch_size)
+    mesh = devices.mesh(config.seeds, config.seeds_at_once)
+    devices.check_batch(mesh, "search.batch-size", own.batch_size)
     command_line.check_positive(("search.radius", own.radius))
     command_line.check_below_one(
         ("search.alpha.b1", own.alpha.b1), ("search.alpha.b2", own.alpha.b2)

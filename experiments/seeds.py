@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from rich.table import Table
 
 from darts_jax import choices, genotype, plots
 from darts_jax.files import write_text
-from experiments import command_line, runner
+from experiments import command_line, devices, runner
 from experiments.recurrent_cell import START
 
 PyTree = Any
@@ -53,6 +54,7 @@ def together(
     seeds: Sequence[int],
     at_once: int | None,
     workdir: Path,
+    mesh: Mesh,
     find: Find,
 ) -> runner.Job:
     """The job of some seeds; that of one is as it is alone.
@@ -62,9 +64,10 @@ def together(
         different seeds differ in `init`, `train_batches`, `end_epoch` and `draw` only.
       seeds: of the searches.
       at_once: how many of them go through a step as one batch of arrays, a divisor of their number.
-        None for all, but for one on a CPU, where convolutions gain nothing from a batch of seeds
-        (see docs/performance.md).
+        None for all, but on CPUs for one in each group of devices, since convolutions there gain
+        nothing from a batch of seeds (see docs/performance.md).
       workdir: of all of them.
+      mesh: `devices.mesh` of so many seeds, so many of them at once.
       find: the cells of one.
     """
     if len(seeds) == 1:
@@ -72,27 +75,24 @@ def together(
     jobs = [alone(seed, folder(workdir, seed)) for seed in seeds]
     job, count = jobs[0], len(seeds)
     if at_once is None:
-        at_once = 1 if jax.default_backend() == "cpu" else count
-    train = _by_chunks(job.train_step, count, at_once, in_axes=(0, None, 0))
-    evaluate = _by_chunks(job.eval_step, count, at_once, in_axes=(0, None, None))
+        at_once = mesh.shape[devices.SEED] if jax.default_backend() == "cpu" else count
+    train = _by_chunks(mesh, job.train_step, count, at_once, in_axes=(0, None, 0))
+    evaluate = _by_chunks(mesh, job.eval_step, count, at_once, in_axes=(0, None, None))
 
     def train_step(states: PyTree, data: PyTree, batches: PyTree) -> tuple[PyTree, Any]:
+        batches = devices.spread(mesh, batches, PartitionSpec(devices.SEED))
         states, metrics = train(states, data, batches)
         return states, _summarize(metrics, len(jax.tree.leaves(job.checked(states))))
 
     def eval_step(states: PyTree, data: PyTree, batch: PyTree) -> tuple[dict[str, Any], Any]:
         sums, counts = evaluate(states, data, batch)
-        means = {name: values.mean() for name, values in sums.items()}
-        for name, values in sums.items():
-            each = zip(seeds, values, strict=True)
-            means |= {f"{name}{OF_SEED}{seed}": value for seed, value in each}
-        return means, counts[0]
+        return _by_seed(sums, counts, tuple(seeds))
 
     def end_epoch(states: PyTree) -> dict[str, Any]:
         recorded: dict[str, Any] = {}
         for i, (seed, one) in enumerate(zip(seeds, jobs, strict=True)):
             folder(workdir, seed).mkdir(exist_ok=True)
-            own = one.end_epoch(jax.tree.map(partial(_row, index=i), states))
+            own = one.end_epoch(jax.tree.map(lambda x, i=i: x[i], states))
             recorded |= {f"{name}{OF_SEED}{seed}": value for name, value in own.items()}
         return recorded
 
@@ -105,8 +105,8 @@ def together(
 
     return job._replace(
         init=lambda: _stack([one.init() for one in jobs]),
-        train_step=train_step,
-        eval_step=eval_step,
+        train_step=devices.within(mesh, train_step),
+        eval_step=devices.within(mesh, eval_step),
         train_batches=lambda epoch: [
             jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
             for batches in zip(*(one.train_batches(epoch) for one in jobs), strict=True)
@@ -206,13 +206,6 @@ def _cells(
     return [find(of_seed(lines, seed)) for seed in seeds]
 
 
-def _row(leaf: Any, index: int) -> Any:
-    """Of a stacked leaf that this process has, what is one seed's; another leaf whole."""
-    if leaf.is_fully_addressable:
-        return leaf[index]
-    return leaf.addressable_data(0)[index] if leaf.is_fully_replicated else leaf
-
-
 def _save_choices(
     lines: Sequence[Mapping[str, Any]], seeds: Sequence[int], workdir: Path, find: Find
 ) -> Path:
@@ -225,26 +218,60 @@ def _save_choices(
     return png
 
 
+def over(mesh: Mesh, at_once: int | None, function: Callable, items: PyTree) -> PyTree:
+    """`function` of what is of each seed; for jit, in a step by `devices.within`.
+
+    Args:
+      mesh: its groups of devices have seeds of their own, [seeds, ...] being spread over them.
+      at_once: how many seeds are computed in one batch, on all devices; None for all.
+      function: of the items of one seed.
+      items: of all seeds, [seeds, ...].
+    """
+    groups = mesh.shape[devices.SEED]
+    one_group = partial(jax.lax.map, function, batch_size=(at_once or 0) // groups)  # 0 for all
+    if groups == 1:
+        return one_group(items)
+    if len(jax.tree.leaves(items)[0]) == groups:
+        return jax.vmap(function, spmd_axis_name=devices.SEED)(items)
+    apart = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), items)
+    results = jax.vmap(one_group, spmd_axis_name=devices.SEED)(apart)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+
+
 def _by_chunks(
-    step: Callable, count: int, at_once: int, in_axes: tuple[int | None, ...]
+    mesh: Mesh, step: Callable, count: int, at_once: int, in_axes: tuple[int | None, ...]
 ) -> Callable[..., Any]:
     """A step for the arguments of all seeds, so many of them at once.
 
-    Called outside of jit, so that the stages of a step are compiled apart, and once for all chunks.
+    Each group of devices takes as many of its own seeds, so that none has to move. Called outside
+    of jit, so that the stages of a step are compiled apart, and once for all chunks.
     """
-    batched = step if at_once == 1 else jax.vmap(step, in_axes)
-    if at_once == count:
+    groups = mesh.shape[devices.SEED]
+    chunks, of_group = count // at_once, at_once // groups
+    batched = step if of_group == 1 else jax.vmap(step, in_axes)
+    if groups > 1:
+        batched = jax.vmap(batched, in_axes, spmd_axis_name=devices.SEED)
+    if at_once == count and 1 in (groups, of_group):
         return batched
+    # The axes of a chunk: groups, seeds of a group; without those of size 1.
+    axes = tuple(size for size in (groups, of_group) if size > 1)
 
     @jax.jit
     def split(args):
-        def chunk(start):
-            index = start if at_once == 1 else slice(start, start + at_once)
-            return [jax.tree.map(lambda x: x[index], arg) for arg in args]
+        apart = jax.tree.map(lambda x: x.reshape(groups, chunks, of_group, *x.shape[1:]), args)
+        return [
+            jax.tree.map(lambda x, i=i: x[:, i].reshape(*axes, *x.shape[3:]), apart)
+            for i in range(chunks)
+        ]
 
-        return [chunk(start) for start in range(0, count, at_once)]
+    @jax.jit
+    def join(results):
+        def one(*leaves):
+            rest = leaves[0].shape[len(axes) :]
+            apart = [x.reshape(groups, of_group, *rest) for x in leaves]
+            return jnp.stack(apart, axis=1).reshape(count, *rest)
 
-    join = jax.jit(_stack if at_once == 1 else _concatenate)
+        return jax.tree.map(one, *results)
 
     def run(*args: PyTree) -> PyTree:
         own = [arg for arg, axis in zip(args, in_axes, strict=True) if axis is not None]
@@ -265,8 +292,15 @@ def _stack(trees: Sequence[PyTree]) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def _concatenate(trees: Sequence[PyTree]) -> PyTree:
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
+@partial(jax.jit, static_argnames="seeds")
+def _by_seed(
+    sums: Mapping[str, jax.Array], counts: jax.Array, seeds: tuple[int, ...]
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Sums [seeds] of an evaluation as the means of all and those of each, and their one count."""
+    means = {name: values.mean() for name, values in sums.items()}
+    for name, values in sums.items():
+        means |= {f"{name}{OF_SEED}{seed}": values[i] for i, seed in enumerate(seeds)}
+    return means, counts[0]
 
 
 @partial(jax.jit, static_argnames="num_leaves")

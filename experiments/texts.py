@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
 
 from darts_jax import language_model, recurrent, text
 from darts_jax.genotype import RecurrentGenotype
@@ -132,13 +133,14 @@ def with_length(
     return optax.tree.set(opt_state, learning_rate=rate.astype(jnp.float32))
 
 
-def on_device(tokens: np.ndarray, batch: int, filling: int) -> Array:
+def on_device(mesh: Mesh, tokens: np.ndarray, batch: int, filling: int) -> Array:
     """A text in columns, with rows at its end that only fill windows up.
 
     Each device has columns of its own.
     """
     rows = text.columns(tokens, batch)
-    return devices.keep(np.pad(rows, ((0, filling), (0, 0))), axis=1)
+    spec = PartitionSpec(None, devices.DATA)
+    return devices.keep(mesh, np.pad(rows, ((0, filling), (0, 0))), spec)
 
 
 def window(rows: Array, start: Array, length: Array, longest: int, key: Array) -> Batch:
@@ -148,7 +150,7 @@ def window(rows: Array, start: Array, length: Array, longest: int, key: Array) -
 
 
 def make_evaluation(
-    corpus: Corpus, split: str, batch: int, width: int
+    mesh: Mesh, corpus: Corpus, split: str, batch: int, width: int
 ) -> Callable[..., tuple[Array, Array]]:
     """`evaluate(params, cell) -> (summed cross-entropy, tokens)` of a part of the text.
 
@@ -158,8 +160,8 @@ def make_evaluation(
     tokens, targets, valid = jax.device_put(text.consecutive(columns, EVALUATION_LENGTH))
 
     def evaluate(params, cell: Cell) -> tuple[Array, Array]:
-        spread = devices.constrain((tokens, targets), axis=2)
-        hidden = devices.constrain(jnp.zeros((batch, width)), axis=0)
+        spread = devices.constrain(mesh, (tokens, targets), PartitionSpec(None, None, devices.DATA))
+        hidden = devices.constrain(mesh, jnp.zeros((batch, width)), devices.BATCH)
         return language_model.evaluate(params, cell, hidden, *spread, valid)
 
     return evaluate

@@ -13,8 +13,8 @@ import meshes
 import numpy as np
 import pytest
 
-# A second device, for what is sharded; experiments use the first one alone, but in `two_devices`.
-jax.config.update("jax_num_cpu_devices", 2)
+# Other devices, for what is sharded; experiments use the first one alone, but in `meshes.use`.
+jax.config.update("jax_num_cpu_devices", 4)
 # Most of a test's time is compiling. So code is compiled in half the time, to run slower and give
 # the same numbers but for rounding (`optimized` undoes that); and what one test has compiled,
 # however small, is read by the others, though not from the user's own cache.
@@ -86,7 +86,7 @@ def one_device() -> Iterator[None]:
 
 @pytest.fixture
 def two_devices(one_device: None) -> Iterator[None]:
-    """Experiments see both."""
+    """Experiments see two."""
     with meshes.use(2):
         yield
 

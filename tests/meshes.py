@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from unittest import mock
 
 import jax
-import numpy as np
 
 from experiments import devices
 
@@ -13,6 +13,6 @@ from experiments import devices
 @contextmanager
 def use(count: int) -> Iterator[None]:
     """Inside, experiments see the first `count` devices."""
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:count]), (devices.AXIS,))
-    with mock.patch.object(devices, "mesh", lambda: mesh):
+    mesh = partial(devices.mesh, among=jax.devices()[:count])
+    with mock.patch.object(devices, "mesh", mesh):
         yield

@@ -58,8 +58,9 @@ class Run(NamedTuple):
     compiled: list[str]
 
 
-def make_job(name: str) -> runner.Job:
+def make_job(name: str, seeds: int, at_once: int | None) -> runner.Job:
     """The job of an experiment, on networks that compile in seconds."""
+    fields = {"seeds": seeds, "seeds_at_once": at_once}
     experiment, *rest = name.split()
     if experiment == "search_cnn":
         config = search_cnn.PRESETS["smoke"][1]
@@ -67,6 +68,7 @@ def make_job(name: str) -> runner.Job:
             config,
             data=replace(config.data, cutout=2, flip=True),
             search=replace(config.search, estimator=rest[0]),
+            **fields,
         )
         if name == SUPERNET:
             config = replace(config, network=replace(config.network, nodes=1))
@@ -76,13 +78,14 @@ def make_job(name: str) -> runner.Job:
     if experiment == "evaluate_cnn":
         config = evaluation_config.PRESETS["smoke"][1]
         train = replace(config.train, batch_size=16, precision="float64")
-        config = replace(config, cells=CHEAP, seeds=2, train=train)
+        config = replace(config, cells=CHEAP, train=train, **fields)
         return evaluate_cnn.make_job(config, digits(config))
     corpus = text.load("pydoc", limit=1000)
     if experiment == "search_rnn":
         config = search_rnn.PRESETS["smoke"][1]
         search = replace(config.search, estimator=rest[0], length=5)
-        return search_rnn.make_job(replace(config, search=search), corpus, Path())
+        config = replace(config, search=search, **fields)
+        return search_rnn.make_job(config, corpus, Path())
     config = rnn.PRESETS["smoke"][1]
     train = replace(config.train, length=5)
     cell = genotype.PUBLISHED_RECURRENT["DARTS_V1"]
@@ -111,8 +114,8 @@ def wide(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
     return leaf.astype(float) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
-def run(name: str, count: int) -> Run:
-    """A few steps and an evaluation on so many devices."""
+def run(name: str, count: int, seeds: int = 1, at_once: int | None = None) -> Run:
+    """A few steps and an evaluation on so many devices, of so many seeds."""
     compiled: list[str] = []
 
     def listen(event: str, _: float, fun_name: str = "", **__: Any) -> None:
@@ -125,7 +128,7 @@ def run(name: str, count: int) -> Run:
         mock.patch.object(images, "augment", double(augment.augment)),
         mock.patch.object(images, "normalize", double(augment.normalize)),
     ):
-        job = make_job(name)
+        job = make_job(name, seeds, at_once)
         state, metrics = job.place(jax.tree.map_with_path(wide, job.init())), []
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
@@ -140,13 +143,20 @@ def run(name: str, count: int) -> Run:
     return Run(metrics, sums, state, compiled)
 
 
-def compare(name: str, count: int, one: Run, many: Run) -> None:
-    """Asserts that many devices do what one does, and have the state as they should."""
+def compare(name: str, count: int, one: Run, many: Run, groups: int = 1) -> None:
+    """Asserts that many devices do what one does, and have the state as they should.
+
+    Groups of devices have seeds of their own, and the devices of a group columns of hidden states.
+    """
     assert many.compiled == [], many.compiled
     for path, leaf in jax.tree.leaves_with_path(many.state):
-        place = jax.tree_util.keystr(path)
+        place, part = jax.tree_util.keystr(path), list(leaf.shape)
+        if groups > 1:
+            part[0] //= groups
+        if "hidden" in place:
+            part[-2] //= count // groups
         assert len(leaf.sharding.device_set) == count, place
-        assert leaf.is_fully_replicated == ("hidden" not in place), place
+        assert leaf.sharding.shard_shape(leaf.shape) == tuple(part), place
     compared = [(one.metrics, many.metrics), (one.sums, many.sums), (one.state, many.state)]
     check = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12)
     for a, b in compared:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.ordinary import conv as ordinary_conv
 from darts_jax.convolution import conv, depthwise
@@ -222,3 +223,24 @@ def test_numerical_derivative(function, ordinary, shape):
         return value(*(p + sign * step * t for p, t in zip(point, tangent, strict=True)))
 
     np.testing.assert_allclose((at(1) - at(-1)) / (2 * step), slope, rtol=1e-6)
+
+
+@pytest.mark.parametrize("function, _, shape", [dense(1), dense(3, stride=2, padding=1), FEW[2]])
+def test_a_batch_over_devices_stays_there(function, _, shape):
+    """Each device convolves its own, and so do the derivatives."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("seed",), axis_types=(AxisType.Auto,))
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, BATCH, HEIGHT, WIDTH, shape[2])), rng.normal(size=(2, *shape))
+
+    def gradients(x, kernel):
+        return jax.grad(lambda *args: jnp.sum(jnp.sin(function(*args))), (0, 1))(x, kernel)
+
+    with jax.set_mesh(mesh):
+        spread = jax.device_put((x, kernel), NamedSharding(mesh, PartitionSpec("seed")))
+        step = jax.jit(jax.vmap(gradients, spmd_axis_name="seed")).lower(*spread).compile()
+        found = step(*spread)
+    assert not any(word in step.as_text() for word in ("all-", "collective", "group_count"))
+    expected = [gradients(*pair) for pair in zip(x, kernel, strict=True)]
+    for part, of_each in zip(found, zip(*expected, strict=True), strict=True):
+        assert len(part.sharding.device_set) == 2 and not part.is_fully_replicated
+        np.testing.assert_allclose(part, np.stack(of_each), rtol=1e-12, atol=1e-12)

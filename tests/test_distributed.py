@@ -122,10 +122,32 @@ def test_search_in_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_evaluation_in_two_processes(tmp_path):
+@pytest.mark.parametrize("seeds", [2, 4])
+def test_seeds_in_two_processes(seeds, tmp_path):
+    """One process has some of the seeds, which all are saved and recorded by the first one."""
+    arguments = ("search_cnn", "smoke", "--workdir", "run", "--seeds", str(seeds))
+    with pair(tmp_path, *arguments) as processes:
+        assert [process.wait(200) for process in processes] == [0, 0], last_error(tmp_path / "0")
+    assert start(tmp_path / "alone", *arguments, devices=1).wait(200) == 0
+    assert_same_curve(tmp_path / "0", tmp_path / "alone", 2)
+    for a, b in zip(lines_of(tmp_path / "0"), lines_of(tmp_path / "alone"), strict=True):
+        for seed in range(seeds):
+            for cell, alpha in a[f"alpha_of_seed_{seed}"].items():
+                expected = b[f"alpha_of_seed_{seed}"][cell]
+                np.testing.assert_allclose(alpha, expected, rtol=1e-3, atol=1e-5)
+    assert {path.name for path in (tmp_path / "1").iterdir()} == {"out", "err"}
+    # It goes on in one process, on one device.
+    more = (*arguments, "--search.epochs", "3")
+    assert start(tmp_path / "0", *more, devices=1).wait(200) == 0, last_error(tmp_path / "0")
+    assert len(lines_of(tmp_path / "0")) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", ["1", "2"])
+def test_evaluation_in_two_processes(seeds, tmp_path):
     genotype.save(CHEAP, tmp_path / "cells.json")
     cells = str(tmp_path / "cells.json")
-    arguments = ("evaluate_cnn", "smoke", "--workdir", "run", "--genotype", cells)
+    arguments = ("evaluate_cnn", "smoke", "--workdir", "run", "--genotype", cells, "--seeds", seeds)
     with pair(tmp_path, *arguments) as processes:
         assert [process.wait(200) for process in processes] == [0, 0], last_error(tmp_path / "0")
     assert start(tmp_path / "alone", *arguments, devices=1).wait(200) == 0
