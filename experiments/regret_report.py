@@ -65,7 +65,7 @@ def make_rows(found: Mapping[str, Found], table: ground_truth.Table, epochs: int
     rows = {name: _method_row(name, one, table, score) for name, one in found.items()}
     if EXACT in found:
         one = found[EXACT]
-        early = _choice_row("exact, RobustDARTS early stop", _early(one), table, score)
+        early = _choice_row("exact, RobustDARTS early stop", early_stopped(one), table, score)
         rows["early_stop"] = early
         final = score(one.perturbed)
         rows["perturbation"] = _row("exact, DARTS-PT selection", final, choice=one.perturbed)
@@ -110,7 +110,7 @@ def _row(text: str, final: Score, **others: Any) -> Row:
     return Row(text, mean, jax.tree.map(standard_error, final), final, **others)
 
 
-def _early(found: Found) -> np.ndarray:
+def early_stopped(found: Found) -> np.ndarray:
     """The alphas of the epoch that early stopping goes back to, else the last: [seeds, ...]."""
     stops = [spectrum.early_stop(values) for values in found.eigenvalue.T]
     epochs = [-1 if stop is None else stop + 1 for stop in stops]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from darts_jax import ground_truth, isomorphism
+from darts_jax import ground_truth, isomorphism, relaxation
 from darts_jax.spaces.nasbench201_small import EDGES, PRIMITIVES
-from experiments import enumerate_space, regret, regret_measures
+from experiments import enumerate_space, regret, regret_measures, regret_methods, regret_report
+from experiments.regret_methods import METHODS, Found, SearchConfig
 
 NONE, SKIP, SMALL, LARGE = range(4)
 
@@ -23,6 +24,7 @@ def make_table():
         data=enumerate_space.ImagesConfig(name="digits", train=50, validation=50, pool=2),
         network=enumerate_space.NetworkConfig(channels=2),
     )
+    fields = dataclasses.asdict(config)
     return ground_truth.Table(
         PRIMITIVES,
         EDGES,
@@ -30,9 +32,7 @@ def make_table():
         class_of,
         right.astype(np.uint16),
         np.array([200, 200], np.int32),
-        json.dumps(
-            {k: v for k, v in dataclasses.asdict(config).items() if k in ("data", "network")}
-        ),
+        json.dumps({name: fields[name] for name in ("data", "network")}),
     )
 
 
@@ -98,12 +98,50 @@ def test_paired_differences():
     assert found[1:] == pytest.approx((expected.low, expected.high))
 
 
+@pytest.mark.parametrize(("progress", "more"), [(0.0, 1.0), (0.75, 0.25), (1.0, 0.0)])
+def test_the_auxiliary_skip_connection_adds_to_the_skip_connection(progress, more):
+    alpha = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    found = METHODS["auxiliary_skip"].relax(alpha, relaxation.Context(None, progress))
+    expected = np.exp(alpha) / np.exp(alpha).sum(-1, keepdims=True) + more * np.eye(4)[SKIP]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_early_stopping_goes_back_by_seed():
+    epochs = 12
+    alpha = np.random.default_rng(0).normal(size=(epochs + 1, 2, 5, 4))
+    eigenvalue = np.ones((epochs, 2))
+    eigenvalue[7:, 1] = 10.0  # whole windows of 5 are around 2 to 9: around 7 the mean grew
+    empty = np.zeros(0)
+    found = Found(alpha, empty, empty, np.array(0.0), eigenvalue, empty)
+    stopped = regret_report.early_stopped(found)
+    np.testing.assert_array_equal(stopped[0], alpha[-1, 0])
+    np.testing.assert_array_equal(stopped[1], alpha[3, 1])
+
+
+@pytest.mark.parametrize(("epochs", "count"), [(1, 2), (2, 5), (3, 7)])
+def test_the_budget_of_random_search(epochs, count):
+    """The table's networks are trained for 2 epochs at one gradient, a search takes 5."""
+    assert regret_report.budget(epochs, TABLE) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_moves_alpha(name):
+    network, train, val, _ = regret.table_setting(TABLE)
+    config, seeds = SearchConfig(epochs=1), [3, 4]
+    found = regret_methods.run_searches(name, network, config, seeds, train, val, lambda done: None)
+    assert np.isfinite(found.alpha).all()
+    assert (found.alpha[0] != found.alpha[1]).mean() > 0.9
+    assert (found.alpha[0, 0] != found.alpha[0, 1]).all()  # of two seeds
+
+
 @pytest.fixture
 def table_path(tmp_path):
     ground_truth.save(TABLE, tmp_path / "table.npz")
     return tmp_path / "table.npz"
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resumption(tmp_path, table_path, capsys):
     workdir = tmp_path / "run"
     command = ["smoke", "--table", str(table_path), "--workdir", str(workdir)]
