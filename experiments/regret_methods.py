@@ -27,7 +27,7 @@ PyTree = Any
 
 EXACT = "exact"
 RADIUS = linear(0.03, 0.3)  # of the perturbations of SmoothDARTS, the authors'
-MEASURED_ON = 250  # validation images, of the eigenvalue
+MEASURED_ON = 50  # validation images, of the eigenvalue
 CELL = "cell"  # the name of alpha where a function wants alphas by name
 
 

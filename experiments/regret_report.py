@@ -11,6 +11,7 @@ from rich.table import Table
 from darts_jax import ground_truth, spectrum
 from darts_jax.spaces._dag import to_string
 from experiments.regret_measures import (
+    Interval,
     Score,
     derive,
     make_score,
@@ -20,8 +21,8 @@ from experiments.regret_measures import (
 )
 from experiments.regret_methods import EXACT, METHODS, Found
 
-ESTIMATORS = ("first_order", EXACT, "finite_difference")
-FIRST = ESTIMATORS[0]
+FIRST = "first_order"
+ESTIMATORS = (EXACT, FIRST, "finite_difference")  # in the order of the picture
 # Gradients of a step by the exact method: two and a mixed product, worth two more, for the
 # hypergradient, and one of the weights.
 GRADIENTS = 5
@@ -160,23 +161,33 @@ def to_json(rows: Mapping[str, Row], table: ground_truth.Table) -> dict[str, Any
         part: float(ground_truth.accuracy(table, np.arange(len(table.class_of)), part).max())
         for part in ground_truth.PARTS
     }
-    differences = {
-        f"{EXACT} - {name}": paired(rows[EXACT].final.test_regret, row.final.test_regret)._asdict()
-        for name, row in compared(rows).items()
-    }
+    compared = differences(rows)
     return {
         "rows": found,
         "classes": len(table.architectures),
         "best_accuracy": best,
-        "test_regret_differences": differences,
+        "test_regret_of_exact_minus": {
+            name: {selection: interval._asdict() for selection, interval in own.items()}
+            for name, own in compared.items()
+        },
     }
 
 
-def compared(rows: Mapping[str, Row]) -> dict[str, Row]:
-    """The rows that the exact one is compared with, seed by seed."""
+def differences(rows: Mapping[str, Row]) -> dict[str, dict[str, Interval]]:
+    """Test regret of the exact method minus that of others, seed by seed.
+
+    Row -> {"with_none", and "without_none" where the row has it}; empty without the exact method.
+    """
     if EXACT not in rows:
         return {}
-    return {k: row for k, row in rows.items() if row.final is not None and k != EXACT}
+    exact, found = rows[EXACT], {}
+    for name, row in rows.items():
+        if row.final is None or name == EXACT:
+            continue
+        found[name] = {"with_none": paired(exact.final.test_regret, row.final.test_regret)}
+        if row.without_none is not None:
+            found[name]["without_none"] = paired(exact.without_none, row.without_none)
+    return found
 
 
 def rows_table(rows: Mapping[str, Row]) -> Table:
@@ -207,19 +218,24 @@ def rows_table(rows: Mapping[str, Row]) -> Table:
 
 def differences_table(rows: Mapping[str, Row]) -> Table | None:
     """Paired differences of test regret from the exact method; None without it."""
-    others = compared(rows)
-    if not others:
+    found = differences(rows)
+    if not found:
         return None
     shown = Table(
-        title="Test regret of exact minus that of another, the same seeds: mean, 95% interval",
+        title="Test regret of exact minus that of another: mean, 95% interval",
         title_justify="left",
     )
     shown.add_column("other")
-    shown.add_column("percentage points", justify="right")
-    for row in others.values():
-        mean, low, high = paired(rows[EXACT].final.test_regret, row.final.test_regret)
-        shown.add_row(row.text, f"{100 * mean:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})")
+    for name in ("with none", "without none"):
+        shown.add_column(name, justify="right")
+    for name, own in found.items():
+        texts = (_interval(interval) for interval in own.values())
+        shown.add_row(rows[name].text, *texts)
     return shown
+
+
+def _interval(interval: Interval) -> str:
+    return "{:+.2f} ({:+.2f} to {:+.2f})".format(*(100 * x for x in interval))
 
 
 def _percent(mean: float, error: float) -> str:

@@ -152,7 +152,13 @@ def test_a_run_and_its_resumption(tmp_path, table_path, capsys):
     assert set(content["rows"]) == {
         "first_order", "exact", "early_stop", "perturbation", "random_1", "random_2",
     }  # fmt: skip
-    exact = content["rows"]["exact"]
+    exact, other = (content["rows"][name] for name in ("exact", "first_order"))
+    (found,) = content["test_regret_of_exact_minus"].keys() - {"early_stop", "perturbation"}
+    assert found == "first_order"
+    for name, column in (("with_none", ""), ("without_none", "_without_none")):
+        difference = content["test_regret_of_exact_minus"][found][name]["mean"]
+        mean, base = (row[f"test_regret{column}"]["mean"] for row in (exact, other))
+        assert difference == pytest.approx(mean - base, abs=1e-6)
     assert np.shape(exact["test_regret_by_epoch"]) == (2, 2)
     assert exact["test_regret_by_epoch"][-1] == exact["test_regret"]["seeds"]
     assert exact["seconds"] > 0
