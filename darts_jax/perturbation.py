@@ -68,8 +68,8 @@ def select(
     for turn in range(num_edges):
         for cell in CELLS:
             edge = orders[cell][turn]
-            operation = _operation(state, weigh, evaluate, primitives, kept, cell, edge)
-            kept[cell][edge] = np.arange(len(primitives)) == operation
+            chosen = operation(state, weigh, evaluate, primitives, kept, cell, edge)
+            kept[cell][edge] = np.arange(len(primitives)) == chosen
         state = tune(state, kept)
     num_nodes = count_nodes(num_edges)
     orders = {cell: rng.permutation(num_nodes) for cell in CELLS}
@@ -80,8 +80,23 @@ def select(
     return _genotype(kept, primitives)
 
 
-def _operation(state, weigh, evaluate, primitives, kept, cell, edge) -> int:
-    """The operation of an edge without which the accuracy is lowest."""
+def operation(
+    state: PyTree,
+    weigh: Callable[[PyTree], Mapping[str, ArrayLike]],
+    evaluate: Callable[[PyTree, Mapping[str, np.ndarray]], float],
+    primitives: Sequence[str],
+    kept: Kept,
+    cell: str,
+    edge: int,
+) -> int:
+    """The operation of an edge without which the accuracy is lowest.
+
+    Args:
+      state, weigh, evaluate, primitives: as for `select`; cells may have any names.
+      kept: what is decided so far.
+      cell: of the edge.
+      edge: its row.
+    """
     weights = projected(weigh(state), kept)
     columns = [i for i, name in enumerate(primitives) if name != "none"]
     columns = [i for i in columns if weights[cell][edge, i] != 0] or columns

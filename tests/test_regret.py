@@ -1,0 +1,200 @@
+"""Regret of searches: measures by hand, and a tiny run."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from darts_jax import ground_truth, isomorphism, relaxation
+from darts_jax.spaces.nasbench201_small import EDGES, PRIMITIVES
+from experiments import enumerate_space, regret, regret_measures, regret_methods, regret_report
+from experiments.regret_methods import METHODS, Found, SearchConfig
+
+NONE, SKIP, SMALL, LARGE = range(4)
+
+
+def make_table():
+    """Accuracies by chance; what the table says of images is small."""
+    representatives, class_of = isomorphism.classes(EDGES, PRIMITIVES)
+    right = np.random.default_rng(0).integers(0, 200, (len(representatives), 3, 2, 2))
+    config = enumerate_space.Config(
+        data=enumerate_space.ImagesConfig(name="digits", train=50, validation=50, pool=2),
+        network=enumerate_space.NetworkConfig(channels=2),
+    )
+    fields = dataclasses.asdict(config)
+    return ground_truth.Table(
+        PRIMITIVES,
+        EDGES,
+        representatives,
+        class_of,
+        right.astype(np.uint16),
+        np.array([200, 200], np.int32),
+        json.dumps({name: fields[name] for name in ("data", "network")}),
+    )
+
+
+TABLE = make_table()
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ((LARGE, LARGE, LARGE, LARGE, LARGE), False),
+        ((SKIP, SKIP, LARGE, SMALL, LARGE), False),  # 2 of 5
+        ((SKIP, SKIP, SKIP, LARGE, LARGE), True),
+        ((SKIP, SKIP, NONE, NONE, NONE), True),  # nothing to train
+        ((NONE, NONE, NONE, NONE, NONE), True),
+        ((NONE, NONE, NONE, NONE, SMALL), False),
+    ],
+)
+def test_collapse(choice, expected):
+    assert bool(regret_measures.collapsed(np.array(choice), PRIMITIVES)) is expected
+
+
+def test_rank_counts_the_classes_that_are_better():
+    accuracy = TABLE.accuracy[:, :, -1, 1].mean(1)
+    ranks = regret_measures.ranks(TABLE)
+    for number in (0, 17, 500, 1023):
+        own = accuracy[TABLE.class_of[number]]
+        assert ranks[number] == 1 + (accuracy > own).sum()
+    assert ranks.min() == 1
+
+
+def test_none_is_chosen_only_where_it_may_be():
+    alpha = np.array([[3.0, 1.0, 2.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
+    assert regret_measures.derive(alpha, PRIMITIVES).tolist() == [NONE, LARGE]
+    assert regret_measures.derive(alpha, PRIMITIVES, with_none=False).tolist() == [SMALL, LARGE]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_best_of_some_draws_is_counted(count):
+    value = np.array([0.3, 0.1, 0.9, 0.1])
+    expected = np.zeros(4)
+    for draws in itertools.product(range(4), repeat=count):
+        best = max(value[list(draws)])
+        winners = np.flatnonzero(value == best)
+        expected[winners] += 4.0**-count / len(winners)
+    np.testing.assert_allclose(regret_measures.best_of(value, count), expected, atol=1e-12)
+
+
+def test_random_search_has_the_scores_of_all_draws():
+    found = regret_measures.random_search(TABLE, 1)
+    every = np.asarray(ground_truth.regret(TABLE, np.arange(1024)), float)
+    assert found.mean.test_regret == pytest.approx(every.mean(), rel=1e-6)
+    assert found.deviation.test_regret == pytest.approx(every.std(), rel=1e-6)
+    more = regret_measures.random_search(TABLE, 20)
+    assert more.mean.validation_regret < 0.3 * found.mean.validation_regret
+
+
+def test_paired_differences():
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(2, 16))
+    found = regret_measures.paired(first, second)
+    expected = stats.ttest_rel(first, second).confidence_interval(0.95)
+    assert found.mean == pytest.approx((first - second).mean())
+    assert found[1:] == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize(("progress", "more"), [(0.0, 1.0), (0.75, 0.25), (1.0, 0.0)])
+def test_the_auxiliary_skip_connection_adds_to_the_skip_connection(progress, more):
+    alpha = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    found = METHODS["auxiliary_skip"].relax(alpha, relaxation.Context(None, progress))
+    expected = np.exp(alpha) / np.exp(alpha).sum(-1, keepdims=True) + more * np.eye(4)[SKIP]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_early_stopping_goes_back_by_seed():
+    epochs = 12
+    alpha = np.random.default_rng(0).normal(size=(epochs + 1, 2, 5, 4))
+    eigenvalue = np.ones((epochs, 2))
+    eigenvalue[7:, 1] = 10.0  # whole windows of 5 are around 2 to 9: around 7 the mean grew
+    empty = np.zeros(0)
+    found = Found(alpha, empty, empty, np.array(0.0), eigenvalue, empty)
+    stopped = regret_report.early_stopped(found)
+    np.testing.assert_array_equal(stopped[0], alpha[-1, 0])
+    np.testing.assert_array_equal(stopped[1], alpha[3, 1])
+
+
+@pytest.mark.parametrize(("epochs", "count"), [(1, 2), (2, 5), (3, 7)])
+def test_the_budget_of_random_search(epochs, count):
+    """The table's networks are trained for 2 epochs at one gradient, a search takes 5."""
+    assert regret_report.budget(epochs, TABLE) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_moves_alpha(name):
+    network, train, val, _ = regret.table_setting(TABLE)
+    config, seeds = SearchConfig(epochs=1), [3, 4]
+    found = regret_methods.run_searches(name, network, config, seeds, train, val, lambda done: None)
+    assert np.isfinite(found.alpha).all()
+    assert (found.alpha[0] != found.alpha[1]).mean() > 0.9
+    assert (found.alpha[0, 0] != found.alpha[0, 1]).all()  # of two seeds
+
+
+@pytest.fixture
+def table_path(tmp_path):
+    ground_truth.save(TABLE, tmp_path / "table.npz")
+    return tmp_path / "table.npz"
+
+
+@pytest.mark.slow
+def test_a_run_and_its_resumption(tmp_path, table_path, capsys):
+    workdir = tmp_path / "run"
+    command = ["smoke", "--table", str(table_path), "--workdir", str(workdir)]
+    assert regret.main(command) == 0
+    shown = capsys.readouterr().out
+    assert "first order" in shown and "best of 2 random" in shown  # 5 gradients of 1 of 2 epochs
+    content = json.loads((workdir / "regret.json").read_text())
+    assert set(content["rows"]) == {
+        "first_order", "exact", "early_stop", "perturbation", "random_1", "random_2",
+    }  # fmt: skip
+    exact, other = (content["rows"][name] for name in ("exact", "first_order"))
+    (found,) = content["test_regret_of_exact_minus"].keys() - {"early_stop", "perturbation"}
+    assert found == "first_order"
+    for name, column in (("with_none", ""), ("without_none", "_without_none")):
+        difference = content["test_regret_of_exact_minus"][found][name]["mean"]
+        mean, base = (row[f"test_regret{column}"]["mean"] for row in (exact, other))
+        assert difference == pytest.approx(mean - base, abs=1e-6)
+    assert np.shape(exact["test_regret_by_epoch"]) == (2, 2)
+    assert exact["test_regret_by_epoch"][-1] == exact["test_regret"]["seeds"]
+    assert exact["seconds"] > 0
+    for suffix in ("svg", "png"):
+        assert (workdir / f"regret.{suffix}").stat().st_size > 1000
+    with np.load(workdir / "methods" / "exact.npz") as file:
+        assert file["eigenvalue"].shape == (1, 2)
+        assert file["perturbed"].shape == (2, 5) and (file["perturbed"] != NONE).all()
+        exact_start = file["alpha"][0]
+    with np.load(workdir / "methods" / "first_order.npz") as file:
+        np.testing.assert_array_equal(file["alpha"][0], exact_start)  # paired
+
+    kept = (workdir / "methods" / "exact.npz").stat().st_mtime_ns
+    assert regret.main(command) == 0
+    assert (workdir / "methods" / "exact.npz").stat().st_mtime_ns == kept
+    assert json.loads((workdir / "regret.json").read_text()) == content
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--methods", "exakt"), "unknown method 'exakt' of --methods; use: exact"),
+        (("--seeds", "1"), "--seeds is 1; give at least 2"),
+        (("--search.batch-size", "51"), "--search.batch-size is 51; give at most the 50 images"),
+        (("--table", "nowhere.npz"), "no table nowhere.npz"),
+    ],
+)
+def test_what_is_refused(tmp_path, table_path, capsys, flags, message):
+    command = ["smoke", "--table", str(table_path), *flags, "--workdir", str(tmp_path / "run")]
+    assert regret.main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_table_of_some_architectures_is_refused(tmp_path):
+    partial = TABLE._replace(class_of=np.where(TABLE.class_of == 5, -1, TABLE.class_of))
+    ground_truth.save(partial, tmp_path / "table.npz")
+    with pytest.raises(ValueError, match="lacks architectures; give a table of all"):
+        regret.load_table(tmp_path / "table.npz")
