@@ -272,7 +272,13 @@ done
 echo "Submitted batch job 7"
 """,
     "srun": """
-while [ "$1" != {python} ]; do shift; done
+while [ "$1" != {python} ]; do
+    [ "$1" = --output ] && out=$2
+    shift
+done
+out=${{out//%A/7}}
+out=${{out//%a/$SLURM_ARRAY_TASK_ID}}
+touch ${{out//%t/0}}  # so that it has begun
 echo $$ > {folder}/$SLURM_ARRAY_TASK_ID
 exec "$@"
 """,
@@ -354,7 +360,7 @@ def test_slurm_jobs_outlive_the_sweep(start, slurm, tmp_path, monkeypatch):
         patched.setattr(launchers.time, "sleep", lost)
         assert start(*argv) == 2
     (slurm / "script").unlink()
-    tell(signal.SIGINT, ready)
+    tell(signal.SIGINT, ready, tmp_path / "sweep" / ".slurm" / "7_1_0_result.pkl")
     assert start(*argv) == 130
     assert not (slurm / "script").exists()  # nothing was submitted
     assert [row["exit_code"] for row in rows().values()] == ["143", "0"]
