@@ -46,6 +46,7 @@ RNN_NUM_INPUTS = 1
 RNN_EDGES_PER_NODE = 1
 
 MAX_FILE_BYTES = 1_000_000
+MAX_SHOWN = 100  # characters of a value in a message
 
 
 class Genotype(NamedTuple):
@@ -268,17 +269,17 @@ def from_json(text: str, operations: Sequence[str] | None = None, kind: Kind = C
     if not isinstance(fields, dict):
         raise ValueError(
             f"a genotype is a JSON object with the fields {', '.join(names)},"
-            f" not {reprlib.repr(fields)}"
+            f" not {_shown(fields)}"
         )
     if twice:
-        raise ValueError(f"field {reprlib.repr(twice[0])} is given twice; keep one")
+        raise ValueError(f"field {_shown(twice[0])} is given twice; keep one")
     for other in (CNN, RNN):
         if other is not kind and set(fields) == set(other.type._fields):
             raise ValueError(f"holds {other.name} cells; give a file of {kind.name} ones")
     for name in fields:
         if name not in names:
             raise ValueError(
-                f"unknown field {reprlib.repr(name)}; remove it, or rename it to one of:"
+                f"unknown field {_shown(name)}; remove it, or rename it to one of:"
                 f" {nearest(name, names)}"
             )
     for name in names:
@@ -353,10 +354,16 @@ def nearest(name: str, valid: Sequence[str] | Mapping[str, Any]) -> str:
     return ", ".join(folded[match] for match in close or folded)
 
 
+def _shown(value: Any) -> str:
+    """A value of a file as a part of one line, whatever it is."""
+    text = reprlib.repr(value)  # which is short of lists, and long of lists in lists
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
 def _valid_edges(field: str, cell: Any, operations: Sequence[str], kind: Kind) -> tuple[Edge, ...]:
     if not isinstance(cell, list | tuple):
         raise ValueError(
-            f"field {field!r} is {reprlib.repr(cell)}; it needs a list of [operation, source]"
+            f"field {field!r} is {_shown(cell)}; it needs a list of [operation, source]"
         )
     if not cell or len(cell) % kind.edges_per_node:
         raise ValueError(
@@ -366,19 +373,19 @@ def _valid_edges(field: str, cell: Any, operations: Sequence[str], kind: Kind) -
         where = f"field {field!r}, edge {index}"
         if not isinstance(edge, list | tuple) or [type(part) for part in edge] != [str, int]:
             raise ValueError(
-                f"{where} is {reprlib.repr(edge)}; it needs [operation, source], as"
+                f"{where} is {_shown(edge)}; it needs [operation, source], as"
                 ' ["skip_connect", 0]'
             )
         operation, source = edge
         if operation not in operations:
             raise ValueError(
-                f"{where}: unknown operation {reprlib.repr(operation)}; use one of:"
+                f"{where}: unknown operation {_shown(operation)}; use one of:"
                 f" {nearest(operation, operations)}"
             )
         last = kind.num_inputs + index // kind.edges_per_node - 1
         if not 0 <= source <= last:
             raise ValueError(
-                f"{where}: source {reprlib.repr(source)} is out of range; use 0 to {last}, a state"
+                f"{where}: source {_shown(source)} is out of range; use 0 to {last}, a state"
                 " before the node"
             )
     return tuple((operation, source) for operation, source in cell)
@@ -387,10 +394,10 @@ def _valid_edges(field: str, cell: Any, operations: Sequence[str], kind: Kind) -
 def _valid_concat(field: str, concat: Any, nodes: range) -> tuple[int, ...]:
     needs = f"it needs different nodes from {nodes.start} to {nodes.stop - 1}"
     if not isinstance(concat, list | tuple | range) or not concat:
-        raise ValueError(f"field {field!r} is {reprlib.repr(concat)}; {needs}")
+        raise ValueError(f"field {field!r} is {_shown(concat)}; {needs}")
     for state in concat:
         if type(state) is not int or state not in nodes:
-            raise ValueError(f"field {field!r} holds {reprlib.repr(state)}; {needs}")
+            raise ValueError(f"field {field!r} holds {_shown(state)}; {needs}")
     if len(set(concat)) < len(concat):
         raise ValueError(f"field {field!r} holds a node twice; {needs}")
     return tuple(concat)
