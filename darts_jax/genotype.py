@@ -268,8 +268,7 @@ def from_json(text: str, operations: Sequence[str] | None = None, kind: Kind = C
     names = kind.type._fields
     if not isinstance(fields, dict):
         raise ValueError(
-            f"a genotype is a JSON object with the fields {', '.join(names)},"
-            f" not {_shown(fields)}"
+            f"a genotype is a JSON object with the fields {', '.join(names)}, not {_shown(fields)}"
         )
     if twice:
         raise ValueError(f"field {_shown(twice[0])} is given twice; keep one")
@@ -373,8 +372,7 @@ def _valid_edges(field: str, cell: Any, operations: Sequence[str], kind: Kind) -
         where = f"field {field!r}, edge {index}"
         if not isinstance(edge, list | tuple) or [type(part) for part in edge] != [str, int]:
             raise ValueError(
-                f"{where} is {_shown(edge)}; it needs [operation, source], as"
-                ' ["skip_connect", 0]'
+                f'{where} is {_shown(edge)}; it needs [operation, source], as ["skip_connect", 0]'
             )
         operation, source = edge
         if operation not in operations:
