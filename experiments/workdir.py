@@ -26,7 +26,7 @@ SOURCES = ("data.path", "stream.workers")  # fields that say where from, not wha
 ALWAYS = (*SOURCES, "seeds_at_once")  # fields that may change
 GROWING = ("search.epochs", "train.epochs")  # fields that may grow
 MISSING = "missing"
-MAX_SHOWN, MAX_CHARACTERS = 10, 100  # of fields that differ, and of each value
+MAX_SHOWN, MAX_CHARACTERS = 5, 100  # of fields that differ, and of each value
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def one_line(error):
     text = str(error)
     text.encode()  # so that it can be printed
     assert "\n" not in text
-    assert len(text) < 1000
+    assert len(text) < 2000
 
 
 def described(cells):

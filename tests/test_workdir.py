@@ -227,3 +227,11 @@ def test_a_read_only_file_system(tmp_path):
     for name, line in zip(("new", "run"), lines, strict=True):
         assert line.startswith(f"cannot write to {tmp_path / name} (")
         assert "Read-only file system" in line
+
+
+def test_of_many_fields_that_differ_some_are_shown(tmp_path):
+    write(tmp_path, Config())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {f"x{i}": i for i in range(8)}))
+    with pytest.raises(UserError, match="x4 is 4 there, missing here; and 3 more. Give the fields"):
+        workdirs.check(tmp_path, Config())
