@@ -81,6 +81,7 @@ def test_each_seed_is_what_it_would_be_alone(double, make_job):
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_stages_are_compiled_once(at_once):
     """However many steps are made, and whatever number of seeds takes part in one."""
+    jax.clear_caches()  # other tests share its stages
     job, compiled = cnn_job(seeds=4, seeds_at_once=at_once), []
 
     def listen(event, _, fun_name="", **__):

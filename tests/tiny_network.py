@@ -18,6 +18,7 @@ class TinyNetwork(nn.Module):
     nodes: int = 4
     primitives: tuple[str, ...] = CNN_PRIMITIVES
     batch_norm_groups: int = 1
+    partial: int = 1
 
     @property
     def weight_shapes(self) -> dict[str, tuple[int, int]]:
