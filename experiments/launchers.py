@@ -306,10 +306,16 @@ def _of_job(job: Any) -> Ended:
 
 
 def _read_jobs(folder: Path) -> dict[str, Any]:
+    """name -> {"job", "command"} of what was submitted; what is no such entry is left out."""
     try:
-        return read_json(folder / JOBS)
+        found = read_json(folder / JOBS)
     except (FileNotFoundError, ValueError):
         return {}
+    return {
+        name: entry
+        for name, entry in found.items()
+        if isinstance(entry, dict) and isinstance(entry.get("job"), str) and "command" in entry
+    }
 
 
 def on_ray(

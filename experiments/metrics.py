@@ -17,6 +17,7 @@ memory is fixed by the config. Of several seeds, metrics are means; what is of s
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,7 +61,7 @@ class Log:
           wandb: a project of Weights & Biases to record to as well.
 
         Raises:
-          ValueError: if it is shorter than that.
+          ValueError: if it is shorter than that, or damaged. It is left as it is then.
 
         Every method raises a UserError if it cannot write.
         """
@@ -71,11 +72,11 @@ class Log:
                 f"{path} has {found} bytes, but had {size} when the checkpoint of step {step} was"
                 " saved; put the file back, or start anew in another --workdir"
             )
-        self._file = path.open("ab+")
+        kept = path.read_bytes()[:size].splitlines() if size else []
+        lines = [_parsed(path, *item) for item in enumerate(kept, 1)]
+        self._file = path.open("ab")
         # What a killed run wrote after its last checkpoint will be written again.
         self._file.truncate(size)
-        self._file.seek(0)
-        lines = [json.loads(line) for line in self._file]
         self.epochs = [line for line in lines if line["kind"] == "epoch"]
         self._sinks: list[TensorBoard | Wandb] = [TensorBoard(workdir / "tensorboard", step + 1)]
         if wandb is not None:
@@ -123,6 +124,30 @@ class Log:
             stack.callback(self._file.close)
             for sink in self._sinks:
                 stack.callback(sink.close)
+
+
+def _parsed(path: Path, number: int, text: bytes) -> dict[str, Any]:
+    try:
+        return parse_line(text)
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{path}, line {number}, is damaged ({error}); put the file back, or start anew in"
+            " another --workdir"
+        ) from error
+
+
+def parse_line(text: bytes) -> dict[str, Any]:
+    """A line of metrics.jsonl; raises a ValueError or an OverflowError if it is damaged."""
+    line = json.loads(text)
+    if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
+        raise ValueError("no object with a kind")
+    for name in ("step", "epoch"):
+        if type(line.get(name)) is not int:
+            raise ValueError(f"{name} is no whole number")
+    for name, value in line.items():
+        if isinstance(value, int | float) and not math.isfinite(value):
+            raise ValueError(f"{name} is not finite")
+    return line
 
 
 def _arrays(name: str, alpha: Any) -> list[tuple[str, np.ndarray]]:

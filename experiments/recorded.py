@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from darts_jax import genotype
 from darts_jax.files import read_json
 from experiments import evaluate_cnn, evaluate_rnn, search_cnn, search_rnn
 from experiments.errors import UserError
-from experiments.metrics import METRICS
+from experiments.metrics import METRICS, parse_line
 from experiments.workdir import ALWAYS, APART, CONFIG, MISSING, flatten
 
 GENOTYPE = "genotype.json"  # file of a workdir
@@ -143,7 +142,7 @@ def _read_metrics(
         raise _damaged(path, error) from error
     for number, text in enumerate(texts, 1):
         try:
-            line = _parse_line(text)
+            line = parse_line(text)
             if line["kind"] == "epoch" and "alpha" in line:
                 frames.append(_frame(line, frames[:1]))
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
@@ -154,20 +153,6 @@ def _read_metrics(
             f"{path} has no line yet; wait for the run's next checkpoint, or leave it out"
         )
     return lines, f"{path}, line {len(texts) + 1}" if rest else None, frames
-
-
-def _parse_line(text: bytes) -> dict[str, Any]:
-    """A line of metrics.jsonl; raises a ValueError or an OverflowError if it is damaged."""
-    line = json.loads(text)
-    if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
-        raise ValueError("no object with a kind")
-    for name in ("step", "epoch"):
-        if type(line.get(name)) is not int:
-            raise ValueError(f"{name} is no whole number")
-    for name, value in line.items():
-        if isinstance(value, int | float) and not math.isfinite(value):
-            raise ValueError(f"{name} is not finite")
-    return line
 
 
 def _frame(line: Mapping[str, Any], first: Sequence[Frame]) -> Frame:

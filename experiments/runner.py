@@ -151,7 +151,7 @@ def run(job: Job, config: Any, workdir: Path, display: Display) -> Result:
         return Result(state, log.epochs, compile_seconds)
 
 
-def restore(job: Job, workdir: Path) -> PyTree:
+def restore(job: Job, workdir: Path, display: Display) -> PyTree:
     """The state in the newest checkpoint of a job's workdir.
 
     Raises:
@@ -161,6 +161,7 @@ def restore(job: Job, workdir: Path) -> PyTree:
     found = checkpoint.restore_latest(workdir / CHECKPOINTS, like)
     if found is None:
         raise ValueError(f"{workdir} holds no checkpoint; give the folder of a run that has begun")
+    _warn_of_damaged(found, display)
     return found.state.state
 
 
@@ -260,8 +261,7 @@ def _open(job: Job, config: Any, workdir: Path, display: Display) -> tuple[int, 
                 f"{workdir} holds {METRICS} but no checkpoint; put {CHECKPOINTS}/ back, or start"
                 " anew in another --workdir"
             )
-        for path in restored.damaged if restored else ():
-            display.warn(f"a checkpoint cannot be read and was set aside, as {path}")
+        _warn_of_damaged(restored, display)
         with writing(workdir):
             write_config(config, workdir, job.facts)
             if restored is None:  # so that metrics without a checkpoint have lost theirs
@@ -269,6 +269,11 @@ def _open(job: Job, config: Any, workdir: Path, display: Display) -> tuple[int, 
                     checkpoint.save(saver, 0, fresh)
             step, saved = restored[:2] if restored else (0, fresh)
             return step, saved, Log(workdir, saved.log_size, step, config.run.wandb)
+
+
+def _warn_of_damaged(restored: checkpoint.Restored | None, display: Display) -> None:
+    for path in restored.damaged if restored else ():
+        display.warn(f"a checkpoint cannot be read and was set aside, as {path}")
 
 
 def _compile_all(

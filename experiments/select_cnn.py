@@ -9,9 +9,8 @@ between its decisions.
 """
 
 import dataclasses
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ import numpy as np
 import tyro
 
 from darts_jax import data, genotype, perturbation, relaxation, search
+from darts_jax.files import read_json
 from experiments import command_line, remedies, runner, search_cnn, search_config
 from experiments.images import plain_batch
 from experiments.metrics import Display
@@ -51,27 +51,52 @@ def read_config(workdir: Path) -> search_config.Config:
     """
     path = workdir / CONFIG
 
-    def filled(example: Any, fields: Mapping[str, Any]) -> Any:
+    def filled(example: Any, fields: Any, name: str = "") -> Any:
+        if not isinstance(fields, dict):
+            raise ValueError(f"{name} is no object")
         values = {}
         for field in dataclasses.fields(example):
             before = getattr(example, field.name)
             if field.name in fields:
-                value = fields[field.name]
+                value, own = fields[field.name], f"{name}.{field.name}".removeprefix(".")
                 if dataclasses.is_dataclass(before):
-                    value = filled(before, value)
-                values[field.name] = tuple(value) if isinstance(before, tuple) else value
+                    values[field.name] = filled(before, value, own)
+                else:
+                    values[field.name] = _fitting(value, before, own)
         return dataclasses.replace(example, **values)
 
     try:
-        fields = json.loads(path.read_bytes())
+        fields = read_json(path)
         if not {"data", "network", "search"} <= set(fields):
             raise ValueError("fields are missing")
-        return filled(search_config.DIGITS, fields)
-    except (OSError, ValueError, TypeError) as error:
+        config = filled(search_config.DIGITS, fields)
+        search_cnn.check(config)
+        return config
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{path} is not the config of a search ({error}); give --search the workdir of one by"
             " experiments.search_cnn"
         ) from error
+
+
+def _fitting(value: Any, before: Any, name: str) -> Any:
+    """A value of a file for a field that had another.
+
+    Raises:
+      ValueError: if it is of another kind.
+    """
+    if isinstance(before, tuple):
+        if isinstance(value, list) and len(value) == len(before):
+            pairs = zip(value, before, strict=True)
+            return tuple(_fitting(each, one, name) for each, one in pairs)
+    elif before is None or isinstance(before, Path):  # a name, a path or a number, if given
+        if value is None or isinstance(value, str | int):
+            return value
+    elif isinstance(before, float) and type(value) is int:
+        return float(value)
+    elif type(value) is type(before):
+        return value
+    raise ValueError(f"{name} is {str(value)[:50]!r}, where {before!r} would be of the right kind")
 
 
 def by_perturbation(
@@ -118,10 +143,17 @@ def run(argv: Sequence[str]) -> None:
         command_line.check_at_least(("batches", own.batches, 1))
         command_line.check_seed(own.seed)
         config = read_config(own.search)
+        if config.seeds > 1:
+            raise ValueError(
+                f"{own.search} holds {config.seeds} searches; give --search the workdir of one that"
+                " was made by --seeds 1"
+            )
     with locked(own.search), Display() as display, command_line.user_errors():
         with display.phase(f"loading {config.data.name}"):
             dataset = data.load(config.data.name, config.data.path, config.data.limit)
-            state = runner.restore(search_cnn.make_job(config, dataset, own.search), own.search)
+            state = runner.restore(
+                search_cnn.make_job(config, dataset, own.search), own.search, display
+            )
         if own.method == "perturbation":
             with display.phase("measuring the supernet without each operation"):
                 cells = by_perturbation(own, config, dataset, state)

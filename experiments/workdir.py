@@ -60,9 +60,12 @@ def check(workdir: Path, config: Any) -> None:
         return
     differing = _differing(saved, flatten(_fields(config)))
     if differing:
+        version = saved.get("facts", {}).get("version", __version__)
+        other = "" if version == __version__ else f", of version {_show(version)} of darts_jax"
         raise UserError(
-            f"{workdir} holds a run with another config: {'; '.join(differing)}. Give the fields of"
-            " that run, another --workdir, or --fork NEWDIR to go on from there with these"
+            f"{workdir} holds a run with another config{other}: {'; '.join(differing)}. Give the"
+            " fields of that run, another --workdir, or --fork NEWDIR to go on from there with"
+            f" these{f'; this is version {__version__}' if other else ''}"
         )
 
 

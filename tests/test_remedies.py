@@ -1,7 +1,7 @@
 """The remedies as flags of a search."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +157,35 @@ def test_selection_without_a_search(folder, capsys):
     assert select_cnn.main(["--search", "nowhere"]) == 2
     error = capsys.readouterr().err
     assert "nowhere/config.json is not the config of a search" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "message"),
+    [
+        ("network", "channels", "x", "network.channels is 'x', where 4 would be of the right kind"),
+        ("data", "name", [1], "data.name is"),
+        ("search", "remedies", 3, "search.remedies is no object"),
+        ("search", "epochs", 0, "--search.epochs is 0; give at least 1"),
+        ("search", "radius", float("nan"), "NaN is no number of JSON"),
+    ],
+)
+def test_a_damaged_config_is_refused(folder, capsys, part, field, value, message):
+    saved = json.loads(json.dumps(asdict(search_cnn.PRESETS["smoke"][1]), default=str))
+    saved[part][field] = value
+    (folder / "a").mkdir()
+    (folder / "a" / "config.json").write_text(json.dumps(saved))
+    assert select_cnn.main(["--search", "a"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_several_searches_are_refused(folder, capsys):
+    config = replace(search_cnn.PRESETS["smoke"][1], seeds=2)
+    (folder / "a").mkdir()
+    fields = json.loads(json.dumps(asdict(config), default=str))
+    (folder / "a" / "config.json").write_text(json.dumps(fields))
+    assert select_cnn.main(["--search", "a"]) == 2
+    assert "a holds 2 searches; give --search the workdir of one" in capsys.readouterr().err
 
 
 def test_the_config_of_a_search_is_read_back(folder):

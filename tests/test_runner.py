@@ -303,6 +303,23 @@ def test_metrics_shorter_than_the_checkpoint_says_are_refused(whole):
     assert file.read_bytes() == before
 
 
+@pytest.mark.parametrize("damage", [b"3", b'{"kinf": "step"}', b'{"kind": "step", "step": 1'])
+def test_damaged_metrics_are_refused(tmp_path, damage):
+    def stop(*position):
+        if position == (1, 1):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        run(tmp_path, on_batch=stop)
+    file = tmp_path / "metrics.jsonl"
+    first, *others = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(damage.ljust(len(first) - 1) + b"\n" + b"".join(others))
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="metrics.jsonl, line 1, is damaged .*; put the file back"):
+        run(tmp_path)
+    assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize("part", ["", "*"])
 @pytest.mark.parametrize("stopped", ["within", "after"])
 def test_metrics_without_a_checkpoint_are_refused(tmp_path, stopped, part):

@@ -235,3 +235,17 @@ def test_of_many_fields_that_differ_some_are_shown(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {f"x{i}": i for i in range(8)}))
     with pytest.raises(UserError, match="x4 is 4 there, missing here; and 3 more. Give the fields"):
         workdirs.check(tmp_path, Config())
+
+
+def test_a_config_of_another_version_says_so(tmp_path):
+    """A field that has come since cannot be given: the version explains it."""
+    write(tmp_path, Config())
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["epochs"]
+    saved["facts"]["version"] = "0.0.9"
+    path.write_text(json.dumps(saved))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="another config, of version 0.0.9 of darts_jax: epochs is"):
+        workdirs.check(tmp_path, Config())
+    assert path.read_bytes() == before
