@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import optax
 import tyro
 from rich.table import Table
 from rich.text import Text
@@ -29,7 +28,7 @@ from darts_jax.dag_network import Network, one_hot
 from darts_jax.files import write_bytes
 from darts_jax.spaces.nasbench201_small import EDGES, PRIMITIVES, SPACE
 from experiments import command_line, distributed
-from experiments.enumeration import Images, batched, make_train, pooled
+from experiments.enumeration import Images, batched, make_train, pooled, sgd
 from experiments.metrics import Display
 from experiments.run_config import RunConfig, check_run, prepare
 from experiments.workdir import APART, opened, write_config, writing
@@ -176,13 +175,8 @@ def make_train_group(
     """
     images = make_images(config.data, dataset)
     steps = config.train.epochs * (config.data.train // config.train.batch_size)
-    schedule = optax.cosine_decay_schedule(config.train.learning_rate, steps)
-    optimizer = optax.chain(
-        optax.add_decayed_weights(config.train.weight_decay),
-        optax.sgd(schedule, config.train.momentum),
-    )
     network = small_network(config.network, dataset.num_classes)
-    init, epoch = make_train(network, optimizer, config.train.batch_size)
+    init, epoch = make_train(network, sgd(config.train, steps), config.train.batch_size)
 
     def train_group(group: Group) -> np.ndarray:
         # Of a seed and a class alone: a network does not depend on the group that it is in.

@@ -1,7 +1,7 @@
 """Training many architectures of one cell at once, as one program."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,22 @@ class Run(NamedTuple):
     params: PyTree
     stats: PyTree
     opt_state: optax.OptState
+
+
+class Descent(Protocol):
+    """What SGD takes of a config."""
+
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+
+
+def sgd(config: Descent, num_steps: int) -> optax.GradientTransformation:
+    """SGD whose learning rate falls to zero in so many steps, as half of a cosine."""
+    schedule = optax.cosine_decay_schedule(config.learning_rate, num_steps)
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay), optax.sgd(schedule, config.momentum)
+    )
 
 
 def pooled(split: data.Split, dataset: data.Dataset, factor: int) -> Batch:

@@ -8,7 +8,6 @@ candidates leave nothing to shrink in stages.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ from jax import Array, lax
 from darts_jax import hypergradient, perturbation, relaxation, search, smoothing, spectrum
 from darts_jax.dag_network import Network
 from darts_jax.relaxation import Relaxation, linear
-from experiments.enumeration import Batch
+from experiments.enumeration import Batch, sgd
 from experiments.metrics import leaf_name, non_finite
 
 PyTree = Any
@@ -204,10 +203,7 @@ def make_search(
     size = config.batch_size
     steps_per_epoch = min(len(train.label), len(val.label)) // size
     num_steps = steps_per_epoch * config.epochs
-    w_optimizer = optax.chain(
-        optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(optax.cosine_decay_schedule(config.learning_rate, num_steps), config.momentum),
-    )
+    w_optimizer = sgd(config, num_steps)
     alpha_optimizer = optax.chain(
         optax.add_decayed_weights(config.alpha_weight_decay),
         optax.adam(config.alpha_learning_rate, 0.5, 0.999),
@@ -298,7 +294,7 @@ def select(
 
     chosen = []
     for i, seed in enumerate(seeds):
-        state = jax.tree.map(partial(_row, index=i), states)
+        state = jax.tree.map(lambda x, i=i: x[i], states)
         kept = {CELL: np.ones(network.weight_shapes, bool)}
         for edge in np.random.default_rng(seed).permutation(len(kept[CELL])):
             found = perturbation.operation(
@@ -307,7 +303,3 @@ def select(
             kept[CELL][edge] = np.arange(len(network.primitives)) == found
         chosen.append(kept[CELL].argmax(-1))
     return np.array(chosen, np.int32)
-
-
-def _row(leaf: Array, index: int) -> Array:
-    return leaf[index]

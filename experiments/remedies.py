@@ -4,7 +4,6 @@ docs/remedies.md lists them with their sources; each is a piece of the library.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from darts_jax.operations import OPERATIONS
 from darts_jax.relaxation import Context, Relaxation
 from experiments.command_line import check_at_least, check_positive
 from experiments.images import plain_batch
-from experiments.metrics import METRICS
+from experiments.metrics import METRICS, parse_line
 
 AUXILIARY = "auxiliary_skip"
 REMOVED = -1e9  # as which the alpha of an operation that was taken away is recorded
@@ -83,9 +82,9 @@ def survivors(config: RemediesConfig) -> shrinking.Mask | None:
         return None
     path = Path(config.shrink_from) / METRICS
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [parse_line(line) for line in path.read_bytes().splitlines()]
         alpha = [line["alpha"] for line in lines if line["kind"] == "epoch"][-1]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"--search.remedies.shrink-from: {path} holds no finished epoch of a search"
             f" ({type(error).__name__}); give the workdir of one"
