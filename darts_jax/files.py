@@ -1,7 +1,9 @@
 """Files: written whole or not at all, and read as what they should hold."""
 
+import io
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,15 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
+    """Writes arrays by name, compressed (.npz), as `write_bytes` does."""
+    import numpy as np
+
+    content = io.BytesIO()
+    np.savez_compressed(content, **{name: np.asarray(value) for name, value in arrays.items()})
+    write_bytes(path, content.getvalue())
 
 
 def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> dict[str, Any]:

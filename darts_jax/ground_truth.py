@@ -4,7 +4,6 @@
 is docs/ground_truth.md.
 """
 
-import io
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from darts_jax.files import write_bytes
+from darts_jax.files import write_arrays
 
 FOLDER = Path(__file__).parent / "tables"
 SHIPPED = FOLDER / "nasbench201_small.npz"
@@ -57,9 +56,7 @@ def save(table: Table, path: str | os.PathLike[str]) -> None:
     Raises:
       OSError: if it cannot be written.
     """
-    content = io.BytesIO()
-    np.savez_compressed(content, **{name: np.asarray(v) for name, v in table._asdict().items()})
-    write_bytes(path, content.getvalue())
+    write_arrays(path, table._asdict())
 
 
 def load(path: str | os.PathLike[str] = SHIPPED) -> Table:

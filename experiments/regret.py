@@ -7,7 +7,6 @@ The workdir then holds regret.json and a picture of regret over the epochs; see
 docs/ground_truth.md. The same command resumes, from the last method that was finished.
 """
 
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from rich.console import Console
 
 from darts_jax import data, ground_truth, regret_plots
 from darts_jax.dag_network import Network
-from darts_jax.files import write_bytes, write_text
+from darts_jax.files import write_arrays, write_text
 from darts_jax.genotype import nearest
 from darts_jax.spaces.nasbench201_small import EDGES, PRIMITIVES
 from experiments import command_line, distributed
@@ -150,16 +149,10 @@ def search_all(
                     lambda done: display.detail(f"epoch {done} of {epochs}"),
                 )
             with writing(workdir):
-                _save(result, path)
+                path.parent.mkdir(exist_ok=True)
+                write_arrays(path, result._asdict())
         found[name] = _read(path)
     return found
-
-
-def _save(found: Found, path: Path) -> None:
-    content = io.BytesIO()
-    np.savez_compressed(content, **found._asdict())
-    path.parent.mkdir(exist_ok=True)
-    write_bytes(path, content.getvalue())
 
 
 def _read(path: Path) -> Found:
