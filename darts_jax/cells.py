@@ -32,6 +32,7 @@ from darts_jax.operations import (
     normalize,
     unbiased,
 )
+from darts_jax.pointwise import scale
 
 PyTree = Any
 Operations = Mapping[str, Operation]
@@ -252,7 +253,7 @@ def mixed_operation(
         inner_moments.append(unbiased(batch, count))
         return batch
 
-    outputs, mix, unnormalized = {}, [], 0
+    outputs, mix, unnormalized = {}, [], []
     columns = lax.split(weights, [1] * len(operations), axis=1)
     for (name, operation), column in zip(operations.items(), columns, strict=True):
 
@@ -266,20 +267,19 @@ def mixed_operation(
             outputs[name] = y
             mix.append(column)
         else:
-            unnormalized = unnormalized + y * column
+            unnormalized.append(scale(y, jnp.broadcast_to(column, shape)))
 
     if not outputs:
-        return unnormalized, inner_moments
-    # All outputs side by side: a few array operations, not a few for each.
-    beside = lax.concatenate(
-        [jnp.broadcast_to(y, (*y.shape[:3], *shape))[:, :, :, None] for y in outputs.values()], 3
-    )
+        return sum(unnormalized), inner_moments
     if running is None:
-        batch = moments(beside)
+        each = [moments(y) for y in outputs.values()]
     else:
-        batch = jax.tree.map(lambda *m: jnp.stack(m), *(running[name, "norm"] for name in outputs))
-    scale = jnp.stack(mix) * lax.rsqrt(batch.var + EPSILON)
-    total = (beside * scale).sum(3) - (scale * batch.mean).sum(0) + unnormalized
+        each = [running[name, "norm"] for name in outputs]
+    # Side by side: what is small is computed by a few array operations, not a few for each.
+    batch = jax.tree.map(lambda *m: jnp.stack([jnp.broadcast_to(x, shape) for x in m]), *each)
+    factors = jnp.stack(mix) * lax.rsqrt(batch.var + EPSILON)
+    terms = [scale(y, factor) for y, factor in zip(outputs.values(), factors, strict=True)]
+    total = sum(terms) - (factors * batch.mean).sum(0) + sum(unnormalized)
     if running is not None:
         return total, []
     last = unbiased(batch, math.prod(total.shape[:3]))

@@ -19,7 +19,10 @@ import numpy as np
 from flax.core import FrozenDict
 from jax import Array, lax
 
-from darts_jax.convolution import conv, depthwise
+from darts_jax import native
+from darts_jax.convolution import conv
+from darts_jax.depthwise import depthwise
+from darts_jax.pointwise import covariance, mean, pointwise
 
 EPSILON = 1e-5  # of batch norm
 MOMENTUM = 0.9  # of running statistics, Flax's convention: PyTorch calls it 0.1
@@ -63,16 +66,13 @@ class Operation(NamedTuple):
 @jax.custom_jvp
 def moments(y: Array) -> Moments:
     """Mean and biased variance over batch and space of y [N, H, W, ...]."""
-    mean = y.mean((0, 1, 2))
-    return Moments(mean, lax.square(y - mean).mean((0, 1, 2)))
+    return Moments(mean(y), covariance(y, y))
 
 
 @moments.defjvp
 def _moments_jvp(primals, tangents):
-    # The variance does not change to first order with the mean that it is taken around.
     (y,), (y_dot,) = primals, tangents
-    batch = moments(y)
-    return batch, Moments(y_dot.mean((0, 1, 2)), 2 * ((y - batch.mean) * y_dot).mean((0, 1, 2)))
+    return moments(y), Moments(mean(y_dot), 2 * covariance(y, y_dot))
 
 
 def normalize(y: Array, stats: Moments) -> Array:
@@ -139,14 +139,6 @@ def conv_edges(
     return y.reshape(*y.shape[:3], num_edges, -1)
 
 
-def block_diagonal(kernels: Array) -> Array:
-    """[K, C, D] matrices as one [K * C, K * D] matrix that applies each to its own channels."""
-    num, rows, columns = kernels.shape
-    identity = jnp.eye(num, dtype=kernels.dtype)
-    blocks = identity[:, None, :, None] * kernels[:, :, None, :]
-    return blocks.reshape(num * rows, num * columns)
-
-
 def first_max(a: Array, b: Array) -> Array:
     """max(a, b), NaN where either is; its gradient goes to a alone where they are equal."""
     return jnp.where((a >= b) | jnp.isnan(a), a, b)
@@ -170,8 +162,8 @@ def _avg_pool(params, x, stride, norm):
         return np.minimum(ends + 2, size) - np.maximum(ends - 1, 0)
 
     count = np.outer(inside(x.shape[1]), inside(x.shape[2]))[:, :, None]
-    sums = depthwise(x, jnp.ones((3, 3, x.shape[3]), x.dtype))[:, ::stride, ::stride]
-    return (sums * jnp.asarray(1 / count, x.dtype))[..., None, :]
+    sums = depthwise(x, jnp.ones((3, 3, 1, x.shape[3]), x.dtype), stride)
+    return sums * jnp.asarray(1 / count, x.dtype)[..., None]
 
 
 def _none(params, x, stride, norm):
@@ -208,24 +200,52 @@ def _skip_shapes(channels, stride):
     return {"conv_1": (channels, half), "conv_2": (channels, channels - half)}
 
 
+def separable(depthwise_kernel: Array, pointwise_kernel: Array) -> dict[str, Array]:
+    """Kernels of a separable convolution of a shared input, in the form that is fastest here.
+
+    A dense kernel is a product that costs little, and has C times the arithmetic: on few channels,
+    that is less than what depthwise convolution costs where there are no kernels made for it.
+
+    Args:
+      depthwise_kernel: [edges, k, k, C].
+      pointwise_kernel: [edges, C, D].
+
+    Returns:
+      What `separable_conv` takes.
+    """
+    if native.preferred(depthwise_kernel.dtype):
+        return {"taps": depthwise_kernel, "mix": pointwise_kernel}
+    return {"dense": compose(depthwise_kernel, pointwise_kernel)}
+
+
+def separable_conv(
+    x: Array, kernels: Mapping[str, Array], stride: int = 1, dilation: int = 1
+) -> Array:
+    """x [N, H, W, C] by K separable kernels that keep its size: [N, H', W', K, D]."""
+    if "dense" in kernels:
+        padding = dilation * (kernels["dense"].shape[1] // 2)
+        return conv_edges(x, kernels["dense"], stride, padding, dilation)
+    taps = kernels["taps"].transpose(1, 2, 0, 3)
+    return pointwise(depthwise(x, taps, stride, dilation), kernels["mix"])
+
+
 def _sep_conv(kernel_size: int) -> Operation:
     """ReLU, depthwise, pointwise, batch norm, twice; the stride is in the first half."""
 
     def prepare(params):
         return {
-            "first": compose(params["depthwise_1"], params["pointwise_1"]),
+            "first": separable(params["depthwise_1"], params["pointwise_1"]),
             "taps": params["depthwise_2"],
             "mix": params["pointwise_2"],
         }
 
     def apply(kernels, x, stride, norm):
-        y = conv_edges(relu(x), kernels["first"], stride, kernel_size // 2)
-        y = relu(norm("norm_1", y))
+        y = relu(norm("norm_1", separable_conv(relu(x), kernels["first"], stride)))
         # Every edge now has an input of its own. A dense kernel over all K * C channels would be
-        # mostly zeros; shifted products are not, and the pointwise part is one matrix product.
-        taps = kernels["taps"].transpose(1, 2, 0, 3).reshape(kernel_size, kernel_size, -1)
-        flat = depthwise(y.reshape(*y.shape[:3], -1), taps) @ block_diagonal(kernels["mix"])
-        return flat.reshape(y.shape)
+        # mostly zeros; depthwise, they are as many channels of one image.
+        taps = kernels["taps"].transpose(1, 2, 0, 3).reshape(kernel_size, kernel_size, 1, -1)
+        flat = depthwise(y.reshape(*y.shape[:3], -1), taps)
+        return pointwise(flat.reshape(y.shape), kernels["mix"])
 
     def shapes(channels, stride):
         taps, mix = (kernel_size, kernel_size, channels), (channels, channels)
@@ -238,10 +258,10 @@ def _dil_conv(kernel_size: int) -> Operation:
     """ReLU, depthwise with dilation 2, pointwise."""
 
     def prepare(params):
-        return {"dense": compose(params["depthwise"], params["pointwise"])}
+        return separable(params["depthwise"], params["pointwise"])
 
     def apply(kernels, x, stride, norm):
-        return conv_edges(relu(x), kernels["dense"], stride, kernel_size - 1, dilation=2)
+        return separable_conv(relu(x), kernels, stride, dilation=2)
 
     def shapes(channels, stride):
         taps = (kernel_size, kernel_size, channels)

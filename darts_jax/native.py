@@ -1,0 +1,54 @@
+"""Kernels for CPUs from the package `darts_jax_native`, where it is installed.
+
+On CPUs, XLA has no fast path for depthwise convolutions, products of many small matrices, and sums
+over all axes but the last ones; that package has one, in C++. Everything works without it, and on
+other devices it is not used.
+"""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+try:
+    import darts_jax_native
+except ImportError:
+    AVAILABLE = False
+else:
+    AVAILABLE = True
+    for _name, _function in darts_jax_native.functions().items():
+        jax.ffi.register_ffi_target(_name, _function, platform="cpu")
+
+_SUFFIXES = {"float32": "f32", "float64": "f64"}
+
+
+def preferred(dtype: DTypeLike) -> bool:
+    """Whether programs for this process's default device best use these kernels for a dtype."""
+    return AVAILABLE and np.dtype(dtype).name in _SUFFIXES and jax.default_backend() == "cpu"
+
+
+def lowering(target: str, portable: Callable, attributes: tuple[str, ...] = ()) -> Callable:
+    """A lowering rule for CPUs: a call of the kernel `target`, or else as the rule `portable`.
+
+    The kernel gets those of the primitive's parameters that `attributes` names, all integers.
+
+    A program for several devices is partitioned by XLA, which cannot look into a kernel; one that
+    is exported must run where the kernel is not. Both take the portable rule.
+    """
+
+    def rule(ctx, *args, **params):
+        module, name = ctx.module_context, ctx.avals_in[0].dtype.name
+        exported = module.lowering_parameters.for_export
+        if exported or _is_partitioned(module.axis_context) or name not in _SUFFIXES:
+            return portable(ctx, *args, **params)
+        call = jax.ffi.ffi_lowering(f"darts_jax_{target}_{_SUFFIXES[name]}")
+        return call(ctx, *args, **{key: np.int64(params[key]) for key in attributes})
+
+    return rule
+
+
+def _is_partitioned(axes) -> bool:
+    if hasattr(axes, "manual_axes"):  # in `jax.shard_map`, of these axes each device has its own
+        return set(axes.mesh.axis_names) != set(axes.manual_axes)
+    return getattr(axes, "num_devices", 1) not in (None, 1)
