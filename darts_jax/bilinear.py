@@ -47,7 +47,6 @@ def bilinear(
       attributes: the parameters that it takes.
     """
     primitive = Primitive(name)
-    looped = looped or (target is not None and native.AVAILABLE)
 
     def abstract(lhs, rhs, **params):
         return jax.core.ShapedArray(shape(lhs, rhs, **params), lhs.dtype)
@@ -69,7 +68,7 @@ def bilinear(
             )
             return on_each(*args), 0
 
-        if None in dims or not looped:
+        if None in dims or not (looped or (target is not None and native.AVAILABLE)):
             return at_once(*args), 0
 
         def one_by_one(*args):
@@ -86,7 +85,7 @@ def bilinear(
     primitive.def_abstract_eval(abstract)
     portable = mlir.lower_fun(function, multiple_results=False)
     mlir.register_lowering(primitive, portable)
-    if target is not None and native.AVAILABLE:
+    if target is not None:
         rule = native.lowering(target, portable, attributes)
         mlir.register_lowering(primitive, rule, platform="cpu")
     ad.defbilinear(primitive, transpose_lhs, transpose_rhs)

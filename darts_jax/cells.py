@@ -23,6 +23,7 @@ import numpy as np
 from jax import Array, lax
 
 from darts_jax import genotype
+from darts_jax.mixing import mix
 from darts_jax.operations import (
     EPSILON,
     Moments,
@@ -32,7 +33,6 @@ from darts_jax.operations import (
     normalize,
     unbiased,
 )
-from darts_jax.pointwise import scale
 
 PyTree = Any
 Operations = Mapping[str, Operation]
@@ -253,7 +253,7 @@ def mixed_operation(
         inner_moments.append(unbiased(batch, count))
         return batch
 
-    outputs, mix, unnormalized = {}, [], []
+    outputs, chosen, others = {}, [], []
     columns = lax.split(weights, [1] * len(operations), axis=1)
     for (name, operation), column in zip(operations.items(), columns, strict=True):
 
@@ -265,21 +265,23 @@ def mixed_operation(
         y = operation.apply(kernels.get(name, {}), x, stride, norm)
         if operation.normalized(stride):
             outputs[name] = y
-            mix.append(column)
+            chosen.append(column)
         else:
-            unnormalized.append(scale(y, jnp.broadcast_to(column, shape)))
+            others.append((y, jnp.broadcast_to(column, shape)))
 
+    images = [*outputs.values(), *(y for y, _ in others)]
     if not outputs:
-        return sum(unnormalized), inner_moments
+        return mix(images, [f for _, f in others], jnp.zeros(shape, x.dtype)), inner_moments
     if running is None:
         each = [moments(y) for y in outputs.values()]
     else:
         each = [running[name, "norm"] for name in outputs]
     # Side by side: what is small is computed by a few array operations, not a few for each.
     batch = jax.tree.map(lambda *m: jnp.stack([jnp.broadcast_to(x, shape) for x in m]), *each)
-    factors = jnp.stack(mix) * lax.rsqrt(batch.var + EPSILON)
-    terms = [scale(y, factor) for y, factor in zip(outputs.values(), factors, strict=True)]
-    total = sum(terms) - (factors * batch.mean).sum(0) + sum(unnormalized)
+    factors = jnp.stack(chosen) * lax.rsqrt(batch.var + EPSILON)
+    # Split rather than iterated over: its gradient is one concatenation, not a sum of padded rows.
+    rows = [row[0] for row in lax.split(factors, [1] * len(outputs))]
+    total = mix(images, [*rows, *(f for _, f in others)], -(factors * batch.mean).sum(0))
     if running is not None:
         return total, []
     last = unbiased(batch, math.prod(total.shape[:3]))

@@ -1,10 +1,10 @@
 """Depthwise convolution, fast in derivatives of every order and mode.
 
-Three bilinear maps are each other's transposes: `expand` (one image to K edges), `contract` (back,
-summed over the edges) and `correlate` (both images to the kernel). Their images are "few", [N, H,
-W, C], and "many", [N, H, W, K, C], their kernels [k, k, K, C]. Row h of the output meets row
-(h * stride + i * kernel_dilation - low) / input_dilation of the input at tap i, where that is whole
-and in the image; columns likewise.
+Two bilinear maps are all that its derivatives are made of: `convolve` (an image by a kernel) and
+`correlate` (two images to a kernel). Images are "many", [N, H, W, K, C], of K edges, or "few", [N,
+H, W, C], the same for all; kernels are [K, k, k, C]. Row h of the output meets row (h * stride + i *
+kernel_dilation - low) / input_dilation of the input at tap i, where that is whole and in the image;
+columns likewise.
 """
 
 from typing import NamedTuple
@@ -21,11 +21,11 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 def depthwise(x: Array, kernel: Array, stride: int = 1, dilation: int = 1) -> Array:
-    """Depthwise convolution of one image by the kernels of K edges, padded to keep its size.
+    """Depthwise convolution by the kernels of K edges, padded to keep the size.
 
     Args:
-      x: [N, H, W, C].
-      kernel: [k, k, K, C], k odd, of x's dtype.
+      x: [N, H, W, C], or [N, H, W, K, C] where every edge has its own.
+      kernel: [K, k, k, C], k odd, of x's dtype.
       stride: step between outputs, in pixels.
       dilation: distance between taps, in pixels.
 
@@ -33,16 +33,8 @@ def depthwise(x: Array, kernel: Array, stride: int = 1, dilation: int = 1) -> Ar
       [N, H', W', K, C], H' = ceil(H / stride).
     """
     height, width = (-(-size // stride) for size in x.shape[1:3])
-    return _expand_p.bind(
-        x,
-        kernel,
-        stride=stride,
-        input_dilation=1,
-        kernel_dilation=dilation,
-        low=dilation * (kernel.shape[0] // 2),
-        height=height,
-        width=width,
-    )
+    low = dilation * (kernel.shape[1] // 2)
+    return _convolve(x, kernel, _Steps(stride, 1, dilation, low, False), (height, width), True)
 
 
 class _Steps(NamedTuple):
@@ -50,11 +42,22 @@ class _Steps(NamedTuple):
     input_dilation: int
     kernel_dilation: int
     low: int
+    reversed: bool  # the kernel, along both of its axes
 
     def transposed(self, size: int) -> "_Steps":
-        """From the output's rows to the input's, by the reversed kernel of `size` taps."""
-        reach = (size - 1) * self.kernel_dilation
-        return _Steps(self.input_dilation, self.stride, self.kernel_dilation, reach - self.low)
+        """From the output's rows to the input's, by a kernel of `size` taps."""
+        low = (size - 1) * self.kernel_dilation - self.low
+        steps = self.input_dilation, self.stride, self.kernel_dilation
+        return _Steps(*steps, low, not self.reversed)
+
+
+def _convolve(image, kernel, steps, size, many):
+    height, width = size
+    return _convolve_p.bind(image, kernel, **steps._asdict(), height=height, width=width, many=many)
+
+
+def _correlate(image, many, steps, size):
+    return _correlate_p.bind(image, many, **steps._asdict(), size=size)
 
 
 def _sides(image: int, output: int, size: int, steps: _Steps) -> tuple[int, int, int]:
@@ -64,9 +67,11 @@ def _sides(image: int, output: int, size: int, steps: _Steps) -> tuple[int, int,
     return steps.low, reached - dilated - steps.low, steps.input_dilation - 1
 
 
-def _products(image, kernel, *, height, width, **steps):
-    """Sum over the taps of shifted images [N, H, W, K or 1, C], each times its row of the kernel."""
-    steps, size = _Steps(**steps), kernel.shape[0]
+def _products(image, kernel, *, height, width, many, **steps):
+    """Sum over the taps of the shifted image, each times its row of the kernel."""
+    steps, size = _Steps(**steps), kernel.shape[1]
+    image = image if image.ndim == 5 else image[..., None, :]
+    kernel = lax.rev(kernel, (1, 2)) if steps.reversed else kernel
     sides = [
         _sides(n, out, size, steps)
         for n, out in zip(image.shape[1:3], (height, width), strict=True)
@@ -76,38 +81,31 @@ def _products(image, kernel, *, height, width, **steps):
 
     def cut(x, axis, tap, count):
         first = tap * steps.kernel_dilation
-        return lax.slice_in_dim(
-            x, first, first + (count - 1) * steps.stride + 1, steps.stride, axis
-        )
+        last = first + (count - 1) * steps.stride + 1
+        return lax.slice_in_dim(x, first, last, steps.stride, axis)
 
-    return sum(
-        cut(cut(padded, 1, i, height), 2, j, width) * kernel[i, j]
+    total = sum(
+        cut(cut(padded, 1, i, height), 2, j, width) * kernel[:, i, j]
         for i in range(size)
         for j in range(size)
     )
+    return total if many else total.sum(3)
 
 
-def _expand(few, kernel, **params):
-    return _products(few[..., None, :], kernel, **params)
-
-
-def _contract(many, kernel, **params):
-    return _products(many, kernel, **params).sum(3)
-
-
-def _correlate(few, many, *, size, **steps):
-    steps, channels = _Steps(**steps), many.shape[3] * many.shape[4]
-    few = jnp.broadcast_to(few[..., None, :], (*few.shape[:3], *many.shape[3:]))
-    few, flat = (x.reshape(*x.shape[:3], channels) for x in (few, many))
+def _taps(image, many, *, size, **steps):
+    steps, (edges, channels) = _Steps(**steps), many.shape[3:]
+    image = image if image.ndim == 5 else image[..., None, :]
+    image = jnp.broadcast_to(image, (*image.shape[:3], edges, channels))
+    image, flat = (x.reshape(*x.shape[:3], -1) for x in (image, many))
     sides = tuple(
         _sides(n, out, size, steps)[:2]
-        for n, out in zip(few.shape[1:3], flat.shape[1:3], strict=True)
+        for n, out in zip(image.shape[1:3], flat.shape[1:3], strict=True)
     )
 
     def block(start):
-        stop = min(start + _BLOCK, channels)
+        stop = min(start + _BLOCK, flat.shape[3])
         dense = lax.conv_general_dilated(
-            lax.transpose(few[..., start:stop], (3, 1, 2, 0)),
+            lax.transpose(image[..., start:stop], (3, 1, 2, 0)),
             lax.transpose(flat[..., start:stop], (1, 2, 0, 3)),
             (steps.kernel_dilation,) * 2,
             sides,
@@ -117,73 +115,53 @@ def _correlate(few, many, *, size, **steps):
         )
         return jnp.diagonal(dense, axis1=0, axis2=3)
 
-    taps = lax.concatenate([block(i) for i in range(0, channels, _BLOCK)], 2)
-    return taps.reshape(size, size, *many.shape[3:])
+    taps = lax.concatenate([block(i) for i in range(0, flat.shape[3], _BLOCK)], 2)
+    kernel = taps.reshape(size, size, edges, channels).transpose(2, 0, 1, 3)
+    return lax.rev(kernel, (1, 2)) if steps.reversed else kernel
 
 
-def _reverse(kernel):
-    return lax.rev(kernel, (0, 1))
+def _pull_image(ct, image, kernel, *, height, width, many, **steps):
+    back = _Steps(**steps).transposed(kernel.shape[1])
+    return _convolve(ct, kernel, back, image.aval.shape[1:3], image.aval.ndim == 5)
 
 
-def _pull_expand(ct, few, kernel, *, height, width, **steps):
-    back = _Steps(**steps).transposed(kernel.shape[0])
-    height, width = few.aval.shape[1:3]
-    return _contract_p.bind(ct, _reverse(kernel), **back._asdict(), height=height, width=width)
+def _pull_kernel(ct, image, kernel, *, height, width, many, **steps):
+    steps, size = _Steps(**steps), kernel.aval.shape[1]
+    if many:
+        return _correlate(image, ct, steps, size)
+    return _correlate(ct, image, steps.transposed(size), size)
 
 
-def _pull_expand_kernel(ct, few, kernel, *, height, width, **steps):
-    return _correlate_p.bind(few, ct, **steps, size=kernel.aval.shape[0])
-
-
-def _pull_contract(ct, many, kernel, *, height, width, **steps):
-    back = _Steps(**steps).transposed(kernel.shape[0])
-    height, width = many.aval.shape[1:3]
-    return _expand_p.bind(ct, _reverse(kernel), **back._asdict(), height=height, width=width)
-
-
-def _pull_contract_kernel(ct, many, kernel, *, height, width, **steps):
-    size = kernel.aval.shape[0]
+def _pull_first(ct, image, many, *, size, **steps):
     back = _Steps(**steps).transposed(size)
-    return _reverse(_correlate_p.bind(ct, many, **back._asdict(), size=size))
+    return _convolve(many, ct, back, image.aval.shape[1:3], image.aval.ndim == 5)
 
 
-def _pull_correlate_few(ct, few, many, *, size, **steps):
-    back = _Steps(**steps).transposed(size)
-    height, width = few.aval.shape[1:3]
-    return _contract_p.bind(many, _reverse(ct), **back._asdict(), height=height, width=width)
+def _pull_second(ct, image, many, *, size, **steps):
+    return _convolve(image, ct, _Steps(**steps), many.aval.shape[1:3], True)
 
 
-def _pull_correlate_many(ct, few, many, *, size, **steps):
-    height, width = many.aval.shape[1:3]
-    return _expand_p.bind(few, ct, **steps, height=height, width=width)
+def _convolved(image, kernel, *, height, width, many, **_):
+    edges = (kernel.shape[0],) if many else ()
+    return (image.shape[0], height, width, *edges, kernel.shape[3])
 
 
-_expand_p = bilinear(
-    "depthwise_expand",
-    _expand,
-    lambda few, kernel, *, height, width, **_: (few.shape[0], height, width, *kernel.shape[2:]),
-    _pull_expand,
-    _pull_expand_kernel,
+_convolve_p = bilinear(
+    "depthwise_convolve",
+    _products,
+    _convolved,
+    _pull_image,
+    _pull_kernel,
     looped=False,
-    target="expand",
-    attributes=_Steps._fields,
-)
-_contract_p = bilinear(
-    "depthwise_contract",
-    _contract,
-    lambda many, kernel, *, height, width, **_: (many.shape[0], height, width, many.shape[4]),
-    _pull_contract,
-    _pull_contract_kernel,
-    looped=False,
-    target="contract",
+    target="convolve",
     attributes=_Steps._fields,
 )
 _correlate_p = bilinear(
     "depthwise_correlate",
-    _correlate,
-    lambda few, many, *, size, **_: (size, size, *many.shape[3:]),
-    _pull_correlate_few,
-    _pull_correlate_many,
+    _taps,
+    lambda image, many, *, size, **_: (many.shape[3], size, size, many.shape[4]),
+    _pull_first,
+    _pull_second,
     looped=False,
     target="correlate",
     attributes=_Steps._fields,

@@ -31,7 +31,7 @@ def preferred(dtype: DTypeLike) -> bool:
 def lowering(target: str, portable: Callable, attributes: tuple[str, ...] = ()) -> Callable:
     """A lowering rule for CPUs: a call of the kernel `target`, or else as the rule `portable`.
 
-    The kernel gets those of the primitive's parameters that `attributes` names, all integers.
+    The kernel gets those of the primitive's parameters that `attributes` names, integers or booleans.
 
     A program for several devices is partitioned by XLA, which cannot look into a kernel; one that
     is exported must run where the kernel is not. Both take the portable rule.
@@ -39,11 +39,11 @@ def lowering(target: str, portable: Callable, attributes: tuple[str, ...] = ()) 
 
     def rule(ctx, *args, **params):
         module, name = ctx.module_context, ctx.avals_in[0].dtype.name
-        exported = module.lowering_parameters.for_export
-        if exported or _is_partitioned(module.axis_context) or name not in _SUFFIXES:
+        elsewhere = module.lowering_parameters.for_export or _is_partitioned(module.axis_context)
+        if elsewhere or not AVAILABLE or name not in _SUFFIXES:
             return portable(ctx, *args, **params)
         call = jax.ffi.ffi_lowering(f"darts_jax_{target}_{_SUFFIXES[name]}")
-        return call(ctx, *args, **{key: np.int64(params[key]) for key in attributes})
+        return call(ctx, *args, **{key: _attribute(params[key]) for key in attributes})
 
     return rule
 
@@ -52,3 +52,7 @@ def _is_partitioned(axes) -> bool:
     if hasattr(axes, "manual_axes"):  # in `jax.shard_map`, of these axes each device has its own
         return set(axes.mesh.axis_names) != set(axes.manual_axes)
     return getattr(axes, "num_devices", 1) not in (None, 1)
+
+
+def _attribute(value: int | bool):
+    return value if isinstance(value, bool) else np.int64(value)

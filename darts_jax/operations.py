@@ -22,7 +22,9 @@ from jax import Array, lax
 from darts_jax import native
 from darts_jax.convolution import conv
 from darts_jax.depthwise import depthwise
-from darts_jax.pointwise import covariance, mean, pointwise
+from darts_jax.mixing import mean_and_variance, mix, relu
+from darts_jax.pointwise import pointwise
+from darts_jax.pooling import max_pool
 
 EPSILON = 1e-5  # of batch norm
 MOMENTUM = 0.9  # of running statistics, Flax's convention: PyTorch calls it 0.1
@@ -63,21 +65,17 @@ class Operation(NamedTuple):
     uses: Callable[[str, int], int] = lambda name, stride: 1
 
 
-@jax.custom_jvp
 def moments(y: Array) -> Moments:
     """Mean and biased variance over batch and space of y [N, H, W, ...]."""
-    return Moments(mean(y), covariance(y, y))
-
-
-@moments.defjvp
-def _moments_jvp(primals, tangents):
-    (y,), (y_dot,) = primals, tangents
-    return moments(y), Moments(mean(y_dot), 2 * covariance(y, y_dot))
+    return Moments(*mean_and_variance(y))
 
 
 def normalize(y: Array, stats: Moments) -> Array:
     """Batch norm without scale and shift: (y - mean) / sqrt(var + 1e-5)."""
-    return (y - stats.mean) * lax.rsqrt(stats.var + EPSILON)
+    shape = jnp.broadcast_shapes(stats.mean.shape, y.shape[3:])
+    factors = lax.rsqrt(stats.var + EPSILON)
+    shift = -stats.mean * factors
+    return mix([y], [jnp.broadcast_to(factors, shape)], jnp.broadcast_to(shift, shape))
 
 
 def unbiased(batch: Moments, count: int) -> Moments:
@@ -111,11 +109,6 @@ def batch_norm(
     return normalized, unbiased(batch, math.prod(y.shape[:3])) if running is None else running
 
 
-def relu(x: Array) -> Array:
-    """max(x, 0), with derivative 0 at 0, and NaN where x is."""
-    return jnp.where(x <= 0, jnp.zeros((), x.dtype), x)
-
-
 def compose(depthwise_kernel: Array, pointwise_kernel: Array) -> Array:
     """The dense kernels equal to a depthwise, then a pointwise convolution.
 
@@ -145,15 +138,7 @@ def first_max(a: Array, b: Array) -> Array:
 
 
 def _max_pool(params, x, stride, norm):
-    # Shifted slices, since the gradient of `lax.reduce_window` is 50 times slower on CPU. Rows of a
-    # window first, then columns: ties go to the first of its pixels in row-major order.
-    side = (1, 1, 0)
-    y = lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), ((0, 0, 0), side, side, (0, 0, 0)))
-    for axis in (2, 1):
-        stop = x.shape[axis] - stride + 1
-        parts = [lax.slice_in_dim(y, i, i + stop, stride, axis) for i in range(3)]
-        y = first_max(first_max(parts[0], parts[1]), parts[2])
-    return y[..., None, :]
+    return max_pool(x, stride)[..., None, :]
 
 
 def _avg_pool(params, x, stride, norm):
@@ -162,7 +147,7 @@ def _avg_pool(params, x, stride, norm):
         return np.minimum(ends + 2, size) - np.maximum(ends - 1, 0)
 
     count = np.outer(inside(x.shape[1]), inside(x.shape[2]))[:, :, None]
-    sums = depthwise(x, jnp.ones((3, 3, 1, x.shape[3]), x.dtype), stride)
+    sums = depthwise(x, jnp.ones((1, 3, 3, x.shape[3]), x.dtype), stride)
     return sums * jnp.asarray(1 / count, x.dtype)[..., None]
 
 
@@ -225,8 +210,7 @@ def separable_conv(
     if "dense" in kernels:
         padding = dilation * (kernels["dense"].shape[1] // 2)
         return conv_edges(x, kernels["dense"], stride, padding, dilation)
-    taps = kernels["taps"].transpose(1, 2, 0, 3)
-    return pointwise(depthwise(x, taps, stride, dilation), kernels["mix"])
+    return pointwise(depthwise(x, kernels["taps"], stride, dilation), kernels["mix"])
 
 
 def _sep_conv(kernel_size: int) -> Operation:
@@ -241,11 +225,8 @@ def _sep_conv(kernel_size: int) -> Operation:
 
     def apply(kernels, x, stride, norm):
         y = relu(norm("norm_1", separable_conv(relu(x), kernels["first"], stride)))
-        # Every edge now has an input of its own. A dense kernel over all K * C channels would be
-        # mostly zeros; depthwise, they are as many channels of one image.
-        taps = kernels["taps"].transpose(1, 2, 0, 3).reshape(kernel_size, kernel_size, 1, -1)
-        flat = depthwise(y.reshape(*y.shape[:3], -1), taps)
-        return pointwise(flat.reshape(y.shape), kernels["mix"])
+        # Every edge now has an input of its own: a dense kernel of them all would be mostly zeros.
+        return pointwise(depthwise(y, kernels["taps"]), kernels["mix"])
 
     def shapes(channels, stride):
         taps, mix = (kernel_size, kernel_size, channels), (channels, channels)

@@ -1,6 +1,7 @@
 """Compiles the kernels; what is static is in pyproject.toml."""
 
 import importlib.util
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -11,7 +12,7 @@ setup(
     ext_modules=[
         Extension(
             "darts_jax_native._kernels",
-            [f"darts_jax_native/{name}.cc" for name in ("depthwise", "pointwise", "reductions")],
+            sorted(glob("darts_jax_native/*.cc")),
             depends=["darts_jax_native/common.h"],
             include_dirs=[str(jaxlib / "include")],
             extra_compile_args=["-std=c++17", "-O3", "-Wno-psabi"],

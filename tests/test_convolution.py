@@ -10,7 +10,8 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.ordinary import conv as ordinary_conv
-from darts_jax.convolution import conv, depthwise
+from darts_jax.convolution import conv
+from darts_jax.depthwise import depthwise
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -16,7 +16,6 @@ from darts_jax.operations import (
     OPERATIONS,
     Moments,
     batch_norm,
-    block_diagonal,
     factorized_reduce,
     first_max,
     moments,
@@ -387,13 +386,6 @@ def test_many_edges_equal_single_ones(name, stride):
     if params:  # the edges differ, or a mix-up of them would go unnoticed
         assert np.abs(results[1][0][..., 0, :] - results[1][0][..., 1, :]).max() > 0.1
     all_close(*results, rtol=1e-10)
-
-
-def test_block_diagonal():
-    matrices = draw(0, (3, 2, 4))
-    x = draw(1, (5, 3, 2))
-    y = x.reshape(5, -1) @ block_diagonal(matrices)
-    close(y.reshape(5, 3, 4), jnp.einsum("nkc,kcd->nkd", x, matrices), 1e-13)
 
 
 def test_factorized_reduce_takes_even_then_odd_pixels():

@@ -6,7 +6,13 @@ from typing import Any
 
 import jax
 
-_NAMES = ("expand", "contract", "correlate", "apply", "outer", "mean", "dot", "covariance")
+_NAMES = (
+    *("convolve", "correlate"),
+    *("apply", "outer"),
+    *("mean", "dot", "moments"),
+    *("mix", "fold", "relu", "gate"),
+    *("pool_index", "pool_take", "pool_put"),
+)
 _TYPES = ("f32", "f64")
 
 

@@ -87,6 +87,23 @@ void in_parallel(ffi::ThreadPool& pool, int64_t count, const Work& work) {
 template <ffi::DataType type>
 using Native = ffi::NativeType<type>;
 
+// A kernel of one array, or of two.
+template <ffi::DataType type>
+auto One() {
+  return ffi::Ffi::Bind()
+      .template Ctx<ffi::ThreadPool>()
+      .template Arg<ffi::Buffer<type>>()
+      .template Ret<ffi::Buffer<type>>();
+}
+template <ffi::DataType type>
+auto Two() {
+  return ffi::Ffi::Bind()
+      .template Ctx<ffi::ThreadPool>()
+      .template Arg<ffi::Buffer<type>>()
+      .template Arg<ffi::Buffer<type>>()
+      .template Ret<ffi::Buffer<type>>();
+}
+
 }  // namespace darts_jax
 
 #endif  // DARTS_JAX_NATIVE_COMMON_H_

@@ -1,13 +1,12 @@
-// Depthwise convolution on CPUs, and the two maps that are its transposes, for XLA's FFI.
+// Depthwise convolutions on CPUs, and the gradients of their kernels, for XLA's FFI.
 //
-// All three work on images [N, H, W, C] without edges ("few") and [N, H, W, K, C] with K edges
-// ("many"), and on kernels [k, k, K, C]. Pixel h of an output meets pixel
-// (h * stride + i * kernel_dilation - low) / input_dilation of the input at tap i of the kernel,
-// where the division leaves no remainder and the pixel exists.
+// Images are [N, H, W, K, C] of K edges ("many") or [N, H, W, C], the same for all ("few"); kernels are
+// [K, k, k, C]. Row h of the output meets row (h * stride + i * kernel_dilation - low) / input_dilation
+// of the input at tap i of the kernel, or of the reversed kernel, where the division leaves no
+// remainder and the row exists; columns likewise.
 //
-//   expand(few, kernel) -> many: out[n, h, w, e, c] = sum over taps of in[n, ., ., c] * kernel[., ., e, c]
-//   contract(many, kernel) -> few: the same with in[n, ., ., e, c], summed over e
-//   correlate(few, many) -> kernel: of few in place of the input and many in place of the output
+//   convolve(image, kernel) -> image: few or many to many, or many to few, then summed over the edges
+//   correlate(image, many) -> kernel: few or many in place of the input, many in place of the output
 //
 // One image and one block of LANES channels at a time: its pixels are copied into a buffer with zeros
 // around (and, if dilated, between) them, so that the loops over pixels and taps have no conditions
@@ -23,7 +22,12 @@ constexpr int64_t TILE = 4;  // neighbouring pixels whose sums are kept in regis
 struct Shape {
   int64_t count, in_height, in_width, out_height, out_width, edges, channels, size;
   int64_t stride, input_dilation, kernel_dilation, low;
+  bool many_in, many_out, reversed;
 
+  int64_t in_pixel() const { return many_in ? total() : channels; }
+  int64_t out_pixel() const { return many_out ? total() : channels; }
+  int64_t in_size() const { return in_height * in_width * in_pixel(); }
+  int64_t out_size() const { return out_height * out_width * out_pixel(); }
   int64_t total() const { return edges * channels; }
   int64_t blocks() const { return (total() + LANES - 1) / LANES; }
   int64_t height() const { return (out_height - 1) * stride + (size - 1) * kernel_dilation + 1; }
@@ -45,13 +49,9 @@ INLINE Block block_of(const Shape& s, int64_t b) {
 
 // One pixel's lanes from an image of `channels` (repeated for each edge) or of edges * channels.
 template <typename T>
-INLINE void gather(const T* pixel, bool many, const Shape& s, Block block, T* lanes) {
-  if (many) {
-    if (block.used == LANES) {
-      at(lanes) = at(pixel + block.first);
-    } else {
-      for (int64_t l = 0; l < block.used; ++l) lanes[l] = pixel[block.first + l];
-    }
+INLINE void gather(const T* pixel, const Shape& s, Block block, T* lanes) {
+  if (s.many_in) {
+    at(lanes) = load(pixel + block.first, block.used);
   } else if (s.channels % LANES == 0) {
     at(lanes) = at(pixel + block.first % s.channels);
   } else if (s.channels == 4 && block.used == LANES) {
@@ -87,25 +87,28 @@ INLINE void add(const T* lanes, const Shape& s, Block block, T* pixel) {
 }
 
 template <typename T>
-INLINE void pad(const T* image, bool many, const Shape& s, Block block, T* padded) {
-  const int64_t pixel = many ? s.total() : s.channels;
+INLINE void pad(const T* image, const Shape& s, Block block, T* padded) {
   for (int64_t h = 0; h < s.in_height; ++h) {
     const int64_t row = h * s.input_dilation + s.low;
     if (row < 0 || row >= s.height()) continue;
     for (int64_t w = 0; w < s.in_width; ++w) {
       const int64_t column = w * s.input_dilation + s.low;
       if (column < 0 || column >= s.width()) continue;
-      gather(image + (h * s.in_width + w) * pixel, many, s, block,
+      gather(image + (h * s.in_width + w) * s.in_pixel(), s, block,
            padded + (row * s.width() + column) * LANES);
     }
   }
 }
 
-// The kernel's lanes, [k * k, LANES].
-template <typename T>
-INLINE void taps_of(const T* kernel, const Shape& s, Block block, T* taps) {
-  for (int64_t t = 0; t < s.size * s.size; ++t)
-    for (int64_t l = 0; l < block.used; ++l) taps[t * LANES + l] = kernel[t * s.total() + block.first + l];
+// Calls visit(tap in the order of the loops, lane, place in the kernel).
+template <typename Visit>
+INLINE void kernel_lanes(const Shape& s, Block block, const Visit& visit) {
+  const int64_t taps = s.size * s.size;
+  for (int64_t l = 0; l < block.used; ++l) {
+    const int64_t edge = (block.first + l) / s.channels, channel = (block.first + l) % s.channels;
+    for (int64_t t = 0; t < taps; ++t)
+      visit(t, l, (edge * taps + (s.reversed ? taps - 1 - t : t)) * s.channels + channel);
+  }
 }
 
 // COUNT neighbouring pixels: the sum over the taps [size, size, LANES] of pixels times taps.
@@ -127,13 +130,13 @@ INLINE void sum_taps(const T* corner, const T* taps, const Shape& s, Vector<T>* 
 
 // expand and contract of one image. `padded` holds zeros where no pixel goes.
 template <typename T>
-INLINE void convolve(const T* image, const T* kernel, bool many, const Shape& s, T* padded, T* taps, T* out) {
+INLINE void convolve(const T* image, const T* kernel, const Shape& s, T* padded, T* taps, T* out) {
   const int64_t width = s.width() * LANES, step = s.stride * LANES;
   for (int64_t b = 0; b < s.blocks(); ++b) {
     const Block block = block_of(s, b);
     // Without edges, few channels fill the lanes of every block alike.
-    if (many || b == 0 || LANES % s.channels) pad(image, many, s, block, padded);
-    taps_of(kernel, s, block, taps);
+    if (s.many_in || b == 0 || LANES % s.channels) pad(image, s, block, padded);
+    kernel_lanes(s, block, [&](int64_t t, int64_t l, int64_t i) { taps[t * LANES + l] = kernel[i]; });
     for (int64_t h = 0; h < s.out_height; ++h) {
       const T* row = padded + h * s.stride * width;
       for (int64_t w = 0; w < s.out_width; w += TILE) {
@@ -142,10 +145,11 @@ INLINE void convolve(const T* image, const T* kernel, bool many, const Shape& s,
         const int64_t valid = std::min(TILE, s.out_width - w);
         const int64_t pixel = h * s.out_width + w;
         for (int64_t t = 0; t < valid; ++t) {
-          if (many) {
-            add(reinterpret_cast<const T*>(&sums[t]), s, block, out + (pixel + t) * s.channels);
+          T* to = out + (pixel + t) * s.out_pixel();
+          if (s.many_out) {
+            store(sums[t], block.used, to + block.first);
           } else {
-            store(sums[t], block.used, out + (pixel + t) * s.total() + block.first);
+            add(reinterpret_cast<const T*>(&sums[t]), s, block, to);
           }
         }
       }
@@ -168,98 +172,87 @@ INLINE void correlate_row(const T* padded, const T* many, const Shape& s, Block 
     }
   }
 #pragma GCC unroll 8
-  for (int64_t j = 0; j < SIZE; ++j) store(total[j], block.used, sums + j * s.total() + block.first);
+  for (int64_t j = 0; j < SIZE; ++j) at(sums + j * LANES) = total[j];
 }
 
 template <typename T>
-INLINE void correlate(const T* few, const T* many, const Shape& s, T* padded, T* kernel) {
+INLINE void correlate(const T* image, const T* many, const Shape& s, T* padded, T* taps, T* kernel) {
+  const int64_t tap = s.kernel_dilation * LANES;
   for (int64_t b = 0; b < s.blocks(); ++b) {
     const Block block = block_of(s, b);
-    if (b == 0 || LANES % s.channels)
-      pad(few, false, s, block, padded);
+    if (s.many_in || b == 0 || LANES % s.channels) pad(image, s, block, padded);
     for (int64_t i = 0; i < s.size; ++i) {
       const T* rows = padded + i * s.kernel_dilation * s.width() * LANES;
-      T* sums = kernel + i * s.size * s.total();
-      const int64_t tap = s.kernel_dilation * LANES;
+      T* sums = taps + i * s.size * LANES;
       int64_t j = 0;
       for (; j + 5 <= s.size; j += 5)
-        correlate_row<T, 5>(rows + j * tap, many, s, block, sums + j * s.total());
+        correlate_row<T, 5>(rows + j * tap, many, s, block, sums + j * LANES);
       for (; j + 3 <= s.size; j += 3)
-        correlate_row<T, 3>(rows + j * tap, many, s, block, sums + j * s.total());
+        correlate_row<T, 3>(rows + j * tap, many, s, block, sums + j * LANES);
       for (; j < s.size; ++j)
-        correlate_row<T, 1>(rows + j * tap, many, s, block, sums + j * s.total());
+        correlate_row<T, 1>(rows + j * tap, many, s, block, sums + j * LANES);
     }
+    kernel_lanes(s, block, [&](int64_t t, int64_t l, int64_t i) { kernel[i] = taps[t * LANES + l]; });
   }
 }
 
-CLONES void convolve_one(const float* image, const float* kernel, bool many, const Shape& s,
-                         float* padded, float* taps, float* out) {
-  convolve(image, kernel, many, s, padded, taps, out);
+CLONES void convolve_one(const float* image, const float* kernel, const Shape& s, float* padded,
+                         float* taps, float* out) {
+  convolve(image, kernel, s, padded, taps, out);
 }
-CLONES void convolve_one(const double* image, const double* kernel, bool many, const Shape& s,
-                         double* padded, double* taps, double* out) {
-  convolve(image, kernel, many, s, padded, taps, out);
+CLONES void convolve_one(const double* image, const double* kernel, const Shape& s, double* padded,
+                         double* taps, double* out) {
+  convolve(image, kernel, s, padded, taps, out);
 }
-CLONES void correlate_one(const float* few, const float* many, const Shape& s, float* padded,
-                          float* kernel) {
-  correlate(few, many, s, padded, kernel);
+CLONES void correlate_one(const float* image, const float* many, const Shape& s, float* padded,
+                          float* taps, float* kernel) {
+  correlate(image, many, s, padded, taps, kernel);
 }
-CLONES void correlate_one(const double* few, const double* many, const Shape& s, double* padded,
-                          double* kernel) {
-  correlate(few, many, s, padded, kernel);
+CLONES void correlate_one(const double* image, const double* many, const Shape& s, double* padded,
+                          double* taps, double* kernel) {
+  correlate(image, many, s, padded, taps, kernel);
+}
+
+template <typename Dimensions>
+Shape shape_of(const Dimensions& in, const Dimensions& out, const Dimensions& kernel, int64_t stride,
+               int64_t input_dilation, int64_t kernel_dilation, int64_t low, bool reversed) {
+  return {in[0], in[1], in[2], out[1], out[2], kernel[0], kernel[3], kernel[1], stride,
+          input_dilation, kernel_dilation, low, in.size() == 5, out.size() == 5, reversed};
 }
 
 template <ffi::DataType type>
-ffi::Error Convolve(ffi::ThreadPool pool, bool many, ffi::Buffer<type> image, ffi::Buffer<type> kernel,
+ffi::Error Convolve(ffi::ThreadPool pool, ffi::Buffer<type> image, ffi::Buffer<type> kernel,
                     ffi::ResultBuffer<type> out, int64_t stride, int64_t input_dilation,
-                    int64_t kernel_dilation, int64_t low) {
+                    int64_t kernel_dilation, int64_t low, bool reversed) {
   using T = Native<type>;
-  const auto in = image.dimensions(), taps_shape = kernel.dimensions(), to = out->dimensions();
-  const Shape s{in[0], in[1], in[2], to[1], to[2], taps_shape[2], taps_shape[3], taps_shape[0],
-                stride, input_dilation, kernel_dilation, low};
+  const Shape s = shape_of(image.dimensions(), out->dimensions(), kernel.dimensions(), stride,
+                           input_dilation, kernel_dilation, low, reversed);
   const T *from = image.typed_data(), *weights = kernel.typed_data();
   T* result = out->typed_data();
-  const int64_t in_size = s.in_height * s.in_width * (many ? s.total() : s.channels);
-  const int64_t out_size = s.out_height * s.out_width * (many ? s.channels : s.total());
-  if (many) std::fill(result, result + s.count * out_size, T(0));
   in_parallel(pool, s.count, [&](int64_t n) {
     std::vector<T> padded(s.height() * s.width() * LANES), taps(s.size * s.size * LANES);
-    convolve_one(from + n * in_size, weights, many, s, padded.data(), taps.data(), result + n * out_size);
+    T* to = result + n * s.out_size();
+    if (!s.many_out) std::fill(to, to + s.out_size(), T(0));
+    convolve_one(from + n * s.in_size(), weights, s, padded.data(), taps.data(), to);
   });
   return ffi::Error::Success();
 }
 
 template <ffi::DataType type>
-ffi::Error Expand(ffi::ThreadPool pool, ffi::Buffer<type> image, ffi::Buffer<type> kernel,
-                  ffi::ResultBuffer<type> out, int64_t stride, int64_t input_dilation,
-                  int64_t kernel_dilation, int64_t low) {
-  return Convolve<type>(pool, false, image, kernel, out, stride, input_dilation, kernel_dilation, low);
-}
-
-template <ffi::DataType type>
-ffi::Error Contract(ffi::ThreadPool pool, ffi::Buffer<type> image, ffi::Buffer<type> kernel,
-                    ffi::ResultBuffer<type> out, int64_t stride, int64_t input_dilation,
-                    int64_t kernel_dilation, int64_t low) {
-  return Convolve<type>(pool, true, image, kernel, out, stride, input_dilation, kernel_dilation, low);
-}
-
-template <ffi::DataType type>
-ffi::Error Correlate(ffi::ThreadPool pool, ffi::Buffer<type> few, ffi::Buffer<type> many,
+ffi::Error Correlate(ffi::ThreadPool pool, ffi::Buffer<type> image, ffi::Buffer<type> many,
                      ffi::ResultBuffer<type> kernel, int64_t stride, int64_t input_dilation,
-                     int64_t kernel_dilation, int64_t low) {
+                     int64_t kernel_dilation, int64_t low, bool reversed) {
   using T = Native<type>;
-  const auto in = few.dimensions(), to = many.dimensions(), taps_shape = kernel->dimensions();
-  const Shape s{in[0], in[1], in[2], to[1], to[2], taps_shape[2], taps_shape[3], taps_shape[0],
-                stride, input_dilation, kernel_dilation, low};
-  const T *from = few.typed_data(), *other = many.typed_data();
-  const int64_t in_size = s.in_height * s.in_width * s.channels;
-  const int64_t out_size = s.out_height * s.out_width * s.total();
-  const int64_t size = s.size * s.size * s.total();
+  const Shape s = shape_of(image.dimensions(), many.dimensions(), kernel->dimensions(), stride,
+                           input_dilation, kernel_dilation, low, reversed);
+  const T *from = image.typed_data(), *other = many.typed_data();
+  const int64_t taps = s.size * s.size, size = taps * s.total();
   // Summed image by image in their order, whatever the number of threads.
   std::vector<T> sums(s.count * size);
   in_parallel(pool, s.count, [&](int64_t n) {
-    std::vector<T> padded(s.height() * s.width() * LANES);
-    correlate_one(from + n * in_size, other + n * out_size, s, padded.data(), sums.data() + n * size);
+    std::vector<T> padded(s.height() * s.width() * LANES), own(taps * LANES);
+    correlate_one(from + n * s.in_size(), other + n * s.out_size(), s, padded.data(), own.data(),
+                  sums.data() + n * size);
   });
   T* result = kernel->typed_data();
   std::copy(sums.begin(), sums.begin() + size, result);
@@ -278,7 +271,8 @@ auto Binding() {
       .template Attr<int64_t>("stride")
       .template Attr<int64_t>("input_dilation")
       .template Attr<int64_t>("kernel_dilation")
-      .template Attr<int64_t>("low");
+      .template Attr<int64_t>("low")
+      .template Attr<bool>("reversed");
 }
 
 }  // namespace
@@ -286,9 +280,7 @@ auto Binding() {
 
 using namespace darts_jax;
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_expand_f32, Expand<ffi::F32>, Binding<ffi::F32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_expand_f64, Expand<ffi::F64>, Binding<ffi::F64>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_contract_f32, Contract<ffi::F32>, Binding<ffi::F32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_contract_f64, Contract<ffi::F64>, Binding<ffi::F64>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_convolve_f32, Convolve<ffi::F32>, Binding<ffi::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_convolve_f64, Convolve<ffi::F64>, Binding<ffi::F64>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_correlate_f32, Correlate<ffi::F32>, Binding<ffi::F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_correlate_f64, Correlate<ffi::F64>, Binding<ffi::F64>());

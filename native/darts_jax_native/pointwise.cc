@@ -1,7 +1,8 @@
 // Products of every edge's channels with a matrix of its own, and the transpose that gives the
 // matrices, for XLA's FFI.
 //
-//   apply(x [..., K, C], m [K, C, D]) -> y [..., K, D]: y[., e, :] = x[., e, :] m[e]
+//   apply(x [..., K, C], m [K, C, D]) -> y [..., K, D]: y[., e, :] = x[., e, :] m[e], or by the
+//     transposed of m [K, D, C]
 //   outer(x [..., K, C], y [..., K, D]) -> m [K, C, D]: m[e] = sum over rows of x[., e, :]^T y[., e, :]
 //
 // As one product of block-diagonal matrices, it would be K times the arithmetic.
@@ -16,6 +17,12 @@ constexpr int64_t TILE = 8;    // rows, or channels, whose sums are kept in regi
 
 struct Shape {
   int64_t rows, edges, in, out;
+  bool transposed;
+
+  // Of row c, column d of edge e's matrix.
+  int64_t place(int64_t e, int64_t c, int64_t d) const {
+    return transposed ? (e * out + d) * in + c : (e * in + c) * out + d;
+  }
 
   int64_t pieces() const { return (rows + ROWS - 1) / ROWS; }
   // The channels of several edges, side by side, fill the lanes of a vector.
@@ -38,7 +45,7 @@ INLINE void apply_packed(const T* x, const T* m, const Shape& s, int64_t rows, T
     Vector<T> factor[CHANNELS] = {};
     for (int64_t c = 0; c < CHANNELS; ++c)
       for (int64_t l = 0; l < used; ++l)
-        factor[c][l] = m[((b + l) / CHANNELS * CHANNELS + c) * CHANNELS + l % CHANNELS];
+        factor[c][l] = m[s.place((b + l) / CHANNELS, c, l % CHANNELS)];
     for (int64_t r = 0; r < rows; ++r) {
       const Vector<T> from = load(x + r * width + b, used);
       Vector<T> sum = {};
@@ -62,7 +69,7 @@ INLINE void outer_packed(const T* x, const T* y, const Shape& s, int64_t rows, T
     }
     for (int64_t c = 0; c < CHANNELS; ++c)
       for (int64_t l = 0; l < used; ++l)
-        m[((b + l) / CHANNELS * CHANNELS + c) * CHANNELS + l % CHANNELS] = sums[c][l];
+        m[s.place((b + l) / CHANNELS, c, l % CHANNELS)] = sums[c][l];
   }
 }
 
@@ -89,7 +96,7 @@ INLINE void apply(const T* x, const T* m, const Shape& s, int64_t rows, T* y) {
       const int64_t used = std::min(LANES, s.out - b);
       for (int64_t c = 0; c < s.in; ++c)
         for (int64_t l = 0; l < used; ++l)
-          matrix[c * LANES + l] = m[(e * s.in + c) * s.out + b + l];
+          matrix[c * LANES + l] = m[s.place(e, c, b + l)];
       const T* from = x + e * s.in;
       T* to = y + e * s.out + b;
       int64_t r = 0;
@@ -167,10 +174,11 @@ int64_t product(const Dimensions& d, size_t first, size_t last) {
 
 template <ffi::DataType type>
 ffi::Error Apply(ffi::ThreadPool pool, ffi::Buffer<type> x, ffi::Buffer<type> m,
-                 ffi::ResultBuffer<type> y) {
+                 ffi::ResultBuffer<type> y, bool transposed) {
   using T = Native<type>;
-  const auto from = x.dimensions(), matrix = m.dimensions();
-  const Shape s{product(from, 0, from.size() - 2), matrix[0], matrix[1], matrix[2]};
+  const auto from = x.dimensions(), to = y->dimensions();
+  const size_t last = from.size() - 1;
+  const Shape s{product(from, 0, last - 1), from[last - 1], from[last], to[last], transposed};
   const T *in = x.typed_data(), *factors = m.typed_data();
   T* out = y->typed_data();
   in_parallel(pool, s.pieces(), [&](int64_t i) {
@@ -185,7 +193,7 @@ ffi::Error Outer(ffi::ThreadPool pool, ffi::Buffer<type> x, ffi::Buffer<type> y,
                  ffi::ResultBuffer<type> m) {
   using T = Native<type>;
   const auto from = x.dimensions(), matrix = m->dimensions();
-  const Shape s{product(from, 0, from.size() - 2), matrix[0], matrix[1], matrix[2]};
+  const Shape s{product(from, 0, from.size() - 2), matrix[0], matrix[1], matrix[2], false};
   const T *in = x.typed_data(), *out = y.typed_data();
   const int64_t size = s.edges * s.in * s.out;
   // Few sums, in an order that does not depend on the number of threads.
@@ -206,12 +214,8 @@ ffi::Error Outer(ffi::ThreadPool pool, ffi::Buffer<type> x, ffi::Buffer<type> y,
 }
 
 template <ffi::DataType type>
-auto Binding() {
-  return ffi::Ffi::Bind()
-      .template Ctx<ffi::ThreadPool>()
-      .template Arg<ffi::Buffer<type>>()
-      .template Arg<ffi::Buffer<type>>()
-      .template Ret<ffi::Buffer<type>>();
+auto ApplyBinding() {
+  return Two<type>().template Attr<bool>("transposed");
 }
 
 }  // namespace
@@ -219,7 +223,7 @@ auto Binding() {
 
 using namespace darts_jax;
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_apply_f32, Apply<ffi::F32>, Binding<ffi::F32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_apply_f64, Apply<ffi::F64>, Binding<ffi::F64>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_outer_f32, Outer<ffi::F32>, Binding<ffi::F32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_outer_f64, Outer<ffi::F64>, Binding<ffi::F64>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_apply_f32, Apply<ffi::F32>, ApplyBinding<ffi::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_apply_f64, Apply<ffi::F64>, ApplyBinding<ffi::F64>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_outer_f32, Outer<ffi::F32>, Two<ffi::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_outer_f64, Outer<ffi::F64>, Two<ffi::F64>());

@@ -3,8 +3,8 @@
 //
 //   mean(a) -> mean over pixels
 //   dot(a, b) -> sum over pixels of a b, where a's channels may be repeated over b's
-//   covariance(a, b) -> mean over pixels of (a - mean a) (b - mean b), the latter of its piece in the
-//     cache, put together by the formula of Chan, Golub and LeVeque
+//   moments(a, b) -> mean of b, and of (a - mean a) (b - mean b): piece by piece in the cache, put
+//     together by the formula of Chan, Golub and LeVeque
 
 #include "common.h"
 
@@ -126,8 +126,8 @@ ffi::Error Dot(ffi::ThreadPool pool, ffi::Buffer<type> a, ffi::Buffer<type> b,
 }
 
 template <ffi::DataType type>
-ffi::Error Covariance(ffi::ThreadPool pool, ffi::Buffer<type> a, ffi::Buffer<type> b,
-                      ffi::ResultBuffer<type> out) {
+ffi::Error Moments(ffi::ThreadPool pool, ffi::Buffer<type> a, ffi::Buffer<type> b,
+                   ffi::ResultBuffer<type> mean, ffi::ResultBuffer<type> covariance) {
   using T = Native<type>;
   const Shape s = shape_of(a);
   const T *x = a.typed_data(), *y = b.typed_data();
@@ -147,8 +147,9 @@ ffi::Error Covariance(ffi::ThreadPool pool, ffi::Buffer<type> a, ffi::Buffer<typ
     }
     centered_piece(x + first, y + first, mx, my, s.count(i), s.channels, sums.data() + own);
   });
-  T* result = out->typed_data();
-  std::vector<T> whole_x(s.channels), whole_y(s.channels);
+  T* whole_y = mean->typed_data();
+  std::vector<T> whole_x(s.channels);
+  std::fill(whole_y, whole_y + s.channels, T(0));
   for (int64_t i = 0; i < s.pieces(); ++i)
     for (int64_t c = 0; c < s.channels; ++c) {
       whole_x[c] += mean_x[i * s.channels + c] * T(s.count(i)) / T(s.pixels);
@@ -158,25 +159,13 @@ ffi::Error Covariance(ffi::ThreadPool pool, ffi::Buffer<type> a, ffi::Buffer<typ
     for (int64_t c = 0; c < s.channels; ++c)
       sums[i * s.channels + c] += T(s.count(i)) * (mean_x[i * s.channels + c] - whole_x[c]) *
                                   (mean_y[i * s.channels + c] - whole_y[c]);
-  combine(sums, s, T(1) / T(s.pixels), result);
+  combine(sums, s, T(1) / T(s.pixels), covariance->typed_data());
   return ffi::Error::Success();
 }
 
 template <ffi::DataType type>
-auto One() {
-  return ffi::Ffi::Bind()
-      .template Ctx<ffi::ThreadPool>()
-      .template Arg<ffi::Buffer<type>>()
-      .template Ret<ffi::Buffer<type>>();
-}
-
-template <ffi::DataType type>
-auto Two() {
-  return ffi::Ffi::Bind()
-      .template Ctx<ffi::ThreadPool>()
-      .template Arg<ffi::Buffer<type>>()
-      .template Arg<ffi::Buffer<type>>()
-      .template Ret<ffi::Buffer<type>>();
+auto MomentsBinding() {
+  return Two<type>().template Ret<ffi::Buffer<type>>();
 }
 
 }  // namespace
@@ -188,5 +177,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_mean_f32, Mean<ffi::F32>, One<ffi::F32>(
 XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_mean_f64, Mean<ffi::F64>, One<ffi::F64>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_dot_f32, Dot<ffi::F32>, Two<ffi::F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_dot_f64, Dot<ffi::F64>, Two<ffi::F64>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_covariance_f32, Covariance<ffi::F32>, Two<ffi::F32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_covariance_f64, Covariance<ffi::F64>, Two<ffi::F64>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_moments_f32, Moments<ffi::F32>, MomentsBinding<ffi::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_moments_f64, Moments<ffi::F64>, MomentsBinding<ffi::F64>());
