@@ -22,17 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from darts_jax import genotype
+from darts_jax import genotype, native
 from darts_jax.mixing import mix
 from darts_jax.operations import (
     EPSILON,
     Moments,
     Operation,
-    first_max,
     moments,
     normalize,
     unbiased,
 )
+from darts_jax.pooling import first_max
 
 PyTree = Any
 Operations = Mapping[str, Operation]
@@ -267,22 +267,57 @@ def mixed_operation(
             outputs[name] = y
             chosen.append(column)
         else:
-            others.append((y, jnp.broadcast_to(column, shape)))
+            others.append((y, column))
 
-    images = [*outputs.values(), *(y for y, _ in others)]
     if not outputs:
-        return mix(images, [f for _, f in others], jnp.zeros(shape, x.dtype)), inner_moments
-    if running is None:
-        each = [moments(y) for y in outputs.values()]
-    else:
-        each = [running[name, "norm"] for name in outputs]
-    # Side by side: what is small is computed by a few array operations, not a few for each.
-    batch = jax.tree.map(lambda *m: jnp.stack([jnp.broadcast_to(x, shape) for x in m]), *each)
-    factors = jnp.stack(chosen) * lax.rsqrt(batch.var + EPSILON)
-    # Split rather than iterated over: its gradient is one concatenation, not a sum of padded rows.
-    rows = [row[0] for row in lax.split(factors, [1] * len(outputs))]
-    total = mix(images, [*rows, *(f for _, f in others)], -(factors * batch.mean).sum(0))
+        return sum(y * factors for y, factors in others), inner_moments
+    stats = None if running is None else [running[name, "norm"] for name in outputs]
+    total_of = _sum_by_kernels if native.preferred(x.dtype) else _sum_beside
+    total, batch = total_of(list(outputs.values()), jnp.stack(chosen), stats, others, shape)
     if running is not None:
         return total, []
     last = unbiased(batch, math.prod(total.shape[:3]))
     return total, [*inner_moments, jax.tree.map(lambda m: m.reshape(-1, shape[1]), last)]
+
+
+def _sum_by_kernels(
+    images: list[Array],
+    weights: Array,
+    stats: list[Moments] | None,
+    others: list[tuple[Array, Array]],
+    shape: tuple[int, int],
+) -> tuple[Array, Moments]:
+    """Sum of normalised images times weights [images, K, 1], and of others, images times factors.
+
+    Returns:
+      [N, H', W', K, C], and the moments [images, K, C] that the images were normalised by.
+    """
+    each = [moments(y) for y in images] if stats is None else stats
+    # Side by side: what is small is computed by a few array operations, not a few for each.
+    batch = jax.tree.map(lambda *m: jnp.stack([jnp.broadcast_to(x, shape) for x in m]), *each)
+    scale = weights * lax.rsqrt(batch.var + EPSILON)
+    # Split rather than iterated over: its gradient is one concatenation, not a sum of padded rows.
+    factors = [row[0] for row in lax.split(scale, [1] * len(images))]
+    factors += [jnp.broadcast_to(factor, shape) for _, factor in others]
+    total = mix([*images, *(y for y, _ in others)], factors, -(scale * batch.mean).sum(0))
+    return total, batch
+
+
+def _sum_beside(
+    images: list[Array],
+    weights: Array,
+    stats: list[Moments] | None,
+    others: list[tuple[Array, Array]],
+    shape: tuple[int, int],
+) -> tuple[Array, Moments]:
+    """The same where XLA compiles it: all images side by side, to be a few array operations."""
+    beside = lax.concatenate(
+        [jnp.broadcast_to(y, (*y.shape[:3], *shape))[:, :, :, None] for y in images], 3
+    )
+    if stats is None:
+        batch = moments(beside)
+    else:
+        batch = jax.tree.map(lambda *m: jnp.stack(m), *stats)
+    scale = weights * lax.rsqrt(batch.var + EPSILON)
+    total = (beside * scale).sum(3) - (scale * batch.mean).sum(0)
+    return total + sum(y * factor for y, factor in others), batch

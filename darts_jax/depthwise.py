@@ -2,9 +2,9 @@
 
 Two bilinear maps are all that its derivatives are made of: `convolve` (an image by a kernel) and
 `correlate` (two images to a kernel). Images are "many", [N, H, W, K, C], of K edges, or "few", [N,
-H, W, C], the same for all; kernels are [K, k, k, C]. Row h of the output meets row (h * stride + i *
-kernel_dilation - low) / input_dilation of the input at tap i, where that is whole and in the image;
-columns likewise.
+H, W, C], the same for all; kernels are [K, k, k, C]. Row h of the output meets row (h * stride + i
+* kernel_dilation - low) / input_dilation of the input at tap i, where that is whole and in the
+image; columns likewise.
 """
 
 from typing import NamedTuple

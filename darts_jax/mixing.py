@@ -1,4 +1,4 @@
-"""Weighted sums of images, their moments, and ReLU, fast in derivatives of every order and mode.
+"""Weighted sums of images, their moments, and ReLU, by kernels in derivatives of every order.
 
 Images are "many", [N, H, W, K, C], of K edges, or "few", [N, H, W, 1, C], which stands for K alike;
 factors are [K, C]. Each map is a primitive whose derivatives are others of these.
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -30,13 +30,27 @@ def mean(x: Array) -> Array:
 
 def mean_and_variance(x: Array) -> tuple[Array, Array]:
     """Mean and biased variance over the pixels of x [N, H, W, ...], two arrays [...]."""
-    mean, variance = _moments_p.bind(x, x)
+    mean, variance = _moments_p.bind(x, x) if native.preferred(x.dtype) else _plain_moments(x)
     return mean, variance
 
 
 def relu(x: Array) -> Array:
     """max(x, 0), with derivative 0 at 0, and NaN where x is."""
-    return _relu_p.bind(x)
+    return _relu_p.bind(x) if native.preferred(x.dtype) else _gate(x, x)
+
+
+@jax.custom_jvp
+def _plain_moments(x):
+    mean = x.mean(PIXELS)
+    return [mean, lax.square(x - mean).mean(PIXELS)]
+
+
+@_plain_moments.defjvp
+def _plain_moments_jvp(primals, tangents):
+    # The variance does not change to first order with the mean that it is taken around.
+    (x,), (x_dot,) = primals, tangents
+    mean, variance = _plain_moments(x)
+    return [mean, variance], [x_dot.mean(PIXELS), 2 * ((x - mean) * x_dot).mean(PIXELS)]
 
 
 def _scale(x, factors):
@@ -110,8 +124,7 @@ def _primitive(
 def _mix(*args):
     *pairs, bias = args
     half = len(pairs) // 2
-    terms = [x * f for x, f in zip(pairs[:half], pairs[half:], strict=True)]
-    return sum(terms) + bias
+    return sum(x * f for x, f in zip(pairs[:half], pairs[half:], strict=True)) + bias
 
 
 def _mix_jvp(primals, tangents):

@@ -31,7 +31,7 @@ def preferred(dtype: DTypeLike) -> bool:
 def lowering(target: str, portable: Callable, attributes: tuple[str, ...] = ()) -> Callable:
     """A lowering rule for CPUs: a call of the kernel `target`, or else as the rule `portable`.
 
-    The kernel gets those of the primitive's parameters that `attributes` names, integers or booleans.
+    The kernel gets the parameters of the primitive that `attributes` names, integers or booleans.
 
     A program for several devices is partitioned by XLA, which cannot look into a kernel; one that
     is exported must run where the kernel is not. Both take the portable rule.

@@ -72,8 +72,10 @@ def moments(y: Array) -> Moments:
 
 def normalize(y: Array, stats: Moments) -> Array:
     """Batch norm without scale and shift: (y - mean) / sqrt(var + 1e-5)."""
-    shape = jnp.broadcast_shapes(stats.mean.shape, y.shape[3:])
     factors = lax.rsqrt(stats.var + EPSILON)
+    if not native.preferred(y.dtype):
+        return (y - stats.mean) * factors
+    shape = jnp.broadcast_shapes(stats.mean.shape, y.shape[3:])
     shift = -stats.mean * factors
     return mix([y], [jnp.broadcast_to(factors, shape)], jnp.broadcast_to(shift, shape))
 
@@ -130,11 +132,6 @@ def conv_edges(
     dense = kernels.transpose(1, 2, 3, 0, 4).reshape(k, k, channels, -1)
     y = conv(x, dense, stride, padding, dilation)
     return y.reshape(*y.shape[:3], num_edges, -1)
-
-
-def first_max(a: Array, b: Array) -> Array:
-    """max(a, b), NaN where either is; its gradient goes to a alone where they are equal."""
-    return jnp.where((a >= b) | jnp.isnan(a), a, b)
 
 
 def _max_pool(params, x, stride, norm):

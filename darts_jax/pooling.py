@@ -1,7 +1,7 @@
 """3x3 max pooling, fast in derivatives of every order and mode.
 
-The gradient of `lax.reduce_window` is 50 times slower on CPUs. Here pooling is the position of each
-maximum, and a linear map that takes the pixels there.
+The gradient of `lax.reduce_window` is 50 times slower on CPUs. By kernels, pooling is the position
+of each maximum, and a linear map that takes the pixels there.
 """
 
 import jax
@@ -20,7 +20,21 @@ def max_pool(x: Array, stride: int) -> Array:
 
     The gradient goes to the first of equal pixels, in row-major order; NaN where one of them is.
     """
-    return _take_p.bind(x, _index_p.bind(x, stride=stride), stride=stride)
+    if native.preferred(x.dtype):
+        return _take_p.bind(x, _index_p.bind(x, stride=stride), stride=stride)
+    # Rows of a window first, then columns: ties go to the first of its pixels in row-major order.
+    side = (1, 1, 0)
+    y = lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), ((0, 0, 0), side, side, (0, 0, 0)))
+    for axis in (2, 1):
+        stop = x.shape[axis] - stride + 1
+        parts = [lax.slice_in_dim(y, i, i + stop, stride, axis) for i in range(3)]
+        y = first_max(first_max(parts[0], parts[1]), parts[2])
+    return y
+
+
+def first_max(a: Array, b: Array) -> Array:
+    """max(a, b), NaN where either is; its gradient goes to a alone where they are equal."""
+    return jnp.where((a >= b) | jnp.isnan(a), a, b)
 
 
 def _shape(shape, stride):

@@ -17,13 +17,13 @@ from darts_jax.operations import (
     Moments,
     batch_norm,
     factorized_reduce,
-    first_max,
     moments,
     normalize,
     relu,
     unbiased,
     update_running,
 )
+from darts_jax.pooling import first_max
 
 pytestmark = pytest.mark.usefixtures("x64")
 
