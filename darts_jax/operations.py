@@ -27,6 +27,7 @@ from darts_jax.pointwise import pointwise
 from darts_jax.pooling import max_pool
 
 EPSILON = 1e-5  # of batch norm
+NOISE = "noise"  # Flax's name of the key that random operations draw from
 MOMENTUM = 0.9  # of running statistics, Flax's convention: PyTorch calls it 0.1
 
 Shapes = dict[str, tuple[int, ...]]
@@ -53,6 +54,7 @@ class Operation(NamedTuple):
       inner: names that `apply` passes to `norm`.
       normalized: `normalized(stride)`, whether a batch norm follows in the relaxed cell. In a
         discrete cell, it follows only where the operation has parameters: not after pooling.
+      random: whether kernels hold "key", a random key of each edge, [K].
       uses: `uses(name, stride)`, how often the ordinary formulation uses a parameter for one pixel
         of the output, to count multiply-adds.
     """
@@ -62,6 +64,7 @@ class Operation(NamedTuple):
     prepare: Callable[[Mapping[str, Array]], Mapping[str, Array]] = lambda params: params
     inner: tuple[str, ...] = ()
     normalized: Callable[[int], bool] = lambda stride: True
+    random: bool = False
     uses: Callable[[str, int], int] = lambda name, stride: 1
 
 

@@ -73,7 +73,7 @@ def softmax(alpha: PyTree, context: Context | None = None) -> PyTree:
 def tempered_softmax(temperature: float | Schedule) -> Relaxation:
     """softmax(alpha / temperature): one-hot weights as it goes to 0, equal ones as it grows.
 
-    At a temperature of 1 it is `softmax`, bit for bit.
+    Annealed in the course of a search by ASAP, Noy et al., arXiv 1904.04123. At a temperature of 1 it is `softmax`, bit for bit.
     """
 
     def relax(alpha: PyTree, context: Context | None = None) -> PyTree:
