@@ -15,6 +15,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec as P
 
 from darts_jax import native
+from darts_jax.linear import add
 
 
 def bilinear(
@@ -89,5 +90,16 @@ def bilinear(
         rule = native.lowering(target, portable, attributes)
         mlir.register_lowering(primitive, rule, platform="cpu")
     ad.defbilinear(primitive, transpose_lhs, transpose_rhs)
+
+    def jvp(primals, tangents, **params):
+        (lhs, rhs), (lhs_dot, rhs_dot) = primals, tangents
+        out, terms = primitive.bind(lhs, rhs, **params), []
+        if type(lhs_dot) is not ad.Zero:
+            terms.append(primitive.bind(lhs_dot, rhs, **params))
+        if type(rhs_dot) is not ad.Zero:
+            terms.append(primitive.bind(lhs, rhs_dot, **params))
+        return out, add(*terms) if len(terms) == 2 else terms[0]
+
+    ad.primitive_jvps[primitive] = jvp
     batching.fancy_primitive_batchers[primitive] = batch
     return primitive

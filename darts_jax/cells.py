@@ -24,6 +24,7 @@ import numpy as np
 from jax import Array, lax
 
 from darts_jax import genotype, native
+from darts_jax.linear import join, split
 from darts_jax.mixing import mix
 from darts_jax.operations import (
     EPSILON,
@@ -183,7 +184,7 @@ def relaxed(
     output = lax.concatenate([nodes[j] for j in sorted(nodes)], 4)[..., 0, :]
     if running is not None:
         return output, None
-    return output, jax.tree.map(lambda *rows: lax.concatenate(rows, 0), *gathered)
+    return output, jax.tree.map(lambda *rows: join(rows), *gathered)
 
 
 def beside_bypass(mixed: Array, bypass: Array, stride: int) -> Array:
@@ -217,7 +218,7 @@ def split_rows(tree: PyTree, sizes: Sequence[int]) -> list[PyTree]:
     """
     if not isinstance(tree, Mapping):
         held = list(itertools.accumulate(sizes)).index(tree.shape[0]) + 1
-        return lax.split(tree, sizes[:held])
+        return split(tree, sizes[:held])
     parts: list[dict[str, PyTree]] = [{} for _ in sizes]
     for name, child in tree.items():
         for part, piece in zip(parts, split_rows(child, sizes), strict=False):
@@ -265,7 +266,7 @@ def _split_rows(running: Moments, groups: Sequence[Group]) -> list[dict[tuple[st
         (i, key) for i, group in enumerate(groups) for key in norms(group.operations, group.stride)
     ]
     sizes = [len(groups[i].edges) for i, _ in keys]
-    pieces = zip(*(lax.split(moment, sizes) for moment in running), strict=True)
+    pieces = zip(*(split(moment, sizes) for moment in running), strict=True)
     parts: list[dict[tuple[str, str], Moments]] = [{} for _ in groups]
     for (i, key), piece in zip(keys, pieces, strict=True):
         parts[i][key] = Moments(*piece)
@@ -307,7 +308,7 @@ def mixed_operation(
         return batch
 
     outputs, chosen, others = {}, [], []
-    columns = lax.split(weights, [1] * len(operations), axis=1)
+    columns = [row[0] for row in split(weights.T[..., None], [1] * len(operations))]
     for (name, operation), column in zip(operations.items(), columns, strict=True):
 
         def norm(inner: str, y: Array, name: str = name) -> Array:
@@ -350,7 +351,7 @@ def _sum_by_kernels(
     batch = jax.tree.map(lambda *m: jnp.stack([jnp.broadcast_to(x, shape) for x in m]), *each)
     scale = weights * lax.rsqrt(batch.var + EPSILON)
     # Split rather than iterated over: its gradient is one concatenation, not a sum of padded rows.
-    factors = [row[0] for row in lax.split(scale, [1] * len(images))]
+    factors = [row[0] for row in split(scale, [1] * len(images))]
     factors += [jnp.broadcast_to(factor, shape) for _, factor in others]
     total = mix([*images, *(y for y, _ in others)], factors, -(scale * batch.mean).sum(0))
     return total, batch
