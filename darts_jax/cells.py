@@ -160,7 +160,7 @@ def relaxed(
     share = inputs[0].shape[-1] // partial
     nothing = jnp.zeros((0, share), inputs[0].dtype)
     gathered = [Moments(nothing, nothing)]
-    for group, mix, part in zip(groups, mixes, parts, strict=True):
+    for group, own_mix, part in zip(groups, mixes, parts, strict=True):
         if group.state == len(states):
             states.append(nodes[group.state][..., 0, :])
         x = states[group.state]
@@ -168,7 +168,7 @@ def relaxed(
             part,
             None if running is None else next(running_parts),
             x if partial == 1 else x[..., :share],
-            mix,
+            own_mix,
             stride=group.stride,
             operations=group.operations,
         )
