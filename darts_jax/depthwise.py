@@ -96,7 +96,7 @@ def _taps(image, many, *, size, **steps):
     steps, (edges, channels) = _Steps(**steps), many.shape[3:]
     image = image if image.ndim == 5 else image[..., None, :]
     image = jnp.broadcast_to(image, (*image.shape[:3], edges, channels))
-    image, flat = (x.reshape(*x.shape[:3], -1) for x in (image, many))
+    image, flat = (x.reshape(*x.shape[:3], edges * channels) for x in (image, many))
     sides = tuple(
         _sides(n, out, size, steps)[:2]
         for n, out in zip(image.shape[1:3], flat.shape[1:3], strict=True)

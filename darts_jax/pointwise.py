@@ -20,7 +20,7 @@ def block_diagonal(matrices: Array) -> Array:
 
 
 def _flat(x):
-    return x.reshape(*x.shape[:-2], -1)
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
 def _apply(x, matrices, *, transposed):
