@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -54,7 +55,7 @@ def read_config(workdir: Path) -> search_config.Config:
     def filled(example: Any, fields: Any, name: str = "") -> Any:
         if not isinstance(fields, dict):
             raise ValueError(f"{name} is no object")
-        values = {}
+        values, kinds = {}, get_type_hints(type(example))
         for field in dataclasses.fields(example):
             before = getattr(example, field.name)
             if field.name in fields:
@@ -62,7 +63,7 @@ def read_config(workdir: Path) -> search_config.Config:
                 if dataclasses.is_dataclass(before):
                     values[field.name] = filled(before, value, own)
                 else:
-                    values[field.name] = _fitting(value, before, own)
+                    values[field.name] = _fitting(value, kinds[field.name], before, own)
         return dataclasses.replace(example, **values)
 
     try:
@@ -79,22 +80,33 @@ def read_config(workdir: Path) -> search_config.Config:
         ) from error
 
 
-def _fitting(value: Any, before: Any, name: str) -> Any:
-    """A value of a file for a field that had another.
+def _fitting(value: Any, kind: Any, before: Any, name: str) -> Any:
+    """A value of a file for a field.
+
+    Args:
+      value: that JSON holds.
+      kind: type of the field.
+      before: what it had.
+      name: of the field.
 
     Raises:
-      ValueError: if it is of another kind.
+      ValueError: if it is of another type, or none of the values that there are.
     """
-    if isinstance(before, tuple):
-        if isinstance(value, list) and len(value) == len(before):
-            pairs = zip(value, before, strict=True)
-            return tuple(_fitting(each, one, name) for each, one in pairs)
-    elif before is None or isinstance(before, Path):  # a name, a path or a number, if given
-        if value is None or isinstance(value, str | int):
+    origin, of = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        if isinstance(value, str) and value in of:
             return value
-    elif isinstance(before, float) and type(value) is int:
+        raise ValueError(f"{name} is {str(value)[:50]!r}; use one of: {', '.join(of)}")
+    if origin is UnionType and (value is None or type(value) in of):
+        return value
+    if origin is UnionType and Path in of and isinstance(value, str):
+        return Path(value)
+    if origin is tuple and isinstance(value, list) and len(value) == len(of):
+        rows = zip(value, of, before, strict=True)
+        return tuple(_fitting(*row, name) for row in rows)
+    if kind is float and type(value) is int and abs(value) < 2**53:
         return float(value)
-    elif type(value) is type(before):
+    if type(value) is kind:
         return value
     raise ValueError(f"{name} is {str(value)[:50]!r}, where {before!r} would be of the right kind")
 

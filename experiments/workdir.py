@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -97,7 +98,7 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def _lock(workdir: Path) -> TextIO:
-    """The open lock file, which this process holds."""
+    """The open lock file, which this process holds; with a warning where locks are not known."""
     while True:
         file = (workdir / LOCK).open("a+")
         try:
@@ -109,7 +110,13 @@ def _lock(workdir: Path) -> TextIO:
             raise UserError(
                 f"{workdir} is in use by {holder}; wait for it to end, or give another --workdir"
             ) from None
-        except OSError:  # a file system without locks
+        except OSError as error:
+            print(
+                f"warning: {workdir} cannot be locked ({error.strerror}); see to it that no other"
+                " process uses it",
+                file=sys.stderr,
+                flush=True,
+            )
             return file
         # Who had the lock may have removed the file between our opening and locking it.
         with suppress(FileNotFoundError):

@@ -23,6 +23,10 @@ from experiments.distributed import Distributed
 
 SCRIPT = Path(__file__).parent / "one_of_several.py"
 ENDLESS = ("search_cnn", "smoke", "--workdir", "run", "--log-every", "5", "--search.epochs", "1000")
+ENDLESS_TRAINING = (
+    *("evaluate_cnn", "smoke", "--workdir", "run", "--genotype", "../cells.json"),
+    *("--log-every", "5", "--train.epochs", "1000"),
+)
 
 
 def start(
@@ -173,29 +177,37 @@ def test_text_in_two_processes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "steps_per_epoch"),
+    [(ENDLESS, 4), (ENDLESS_TRAINING, 2)],
+    ids=["search_cnn", "evaluate_cnn"],
+)
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_lost_process_ends_the_other_and_the_run_goes_on(tmp_path, killed):
-    with pair(tmp_path, *ENDLESS) as processes:
+def test_a_lost_process_ends_the_other_and_the_run_goes_on(
+    tmp_path, arguments, steps_per_epoch, killed
+):
+    genotype.save(CHEAP, tmp_path / "cells.json")
+    with pair(tmp_path, *arguments) as processes:
         wait_for_epochs(tmp_path / "0", 2)
         processes[killed].kill()
         assert processes[1 - killed].wait(60) == distributed.LOST == 4
     error = last_error(tmp_path / str(1 - killed))
     assert error.startswith("error: another process of this run has ended")
     done = len(lines_of(tmp_path / "0"))
-    with pair(tmp_path, *ENDLESS) as processes:
+    with pair(tmp_path, *arguments) as processes:
         wait_for_epochs(tmp_path / "0", done + 2)
         processes[0].send_signal(signal.SIGTERM)
         codes = [process.wait(60) for process in processes]
     assert codes == [128 + signal.SIGTERM] * 2
     # And in one process, on one device.
-    alone = start(tmp_path / "0", *ENDLESS, devices=1)
+    alone = start(tmp_path / "0", *arguments, devices=1)
     try:
         wait_for_epochs(tmp_path / "0", len(lines_of(tmp_path / "0")) + 1)
     finally:
         alone.kill()
         alone.wait()
     steps = [line["step"] for line in lines_of(tmp_path / "0")]
-    assert steps == [4 * (i + 1) for i in range(len(steps))]
+    assert steps == [steps_per_epoch * (i + 1) for i in range(len(steps))]
 
 
 def test_a_signal_to_one_stops_all_after_one_step(tmp_path):

@@ -1,7 +1,8 @@
 """Whatever a file holds that a user loads: a valid object, or an error of one line."""
 
-import copy
+import dataclasses
 import json
+import typing
 from dataclasses import dataclass
 
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 from stand_in import Config
 
 from darts_jax import files, genotype, prediction
+from experiments import search_config, select_cnn
 from experiments import workdir as workdirs
 from experiments.errors import UserError
+from experiments.run_config import RunConfig
 
 FEW, MANY = 200, 10_000
 # The same examples each time; a file that a test writes is written anew for each.
@@ -34,7 +37,11 @@ LEAVES = (
 VALUES = st.recursive(
     LEAVES,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=16,
 )
+# Made once, since making a strategy takes longer than drawing from it.
+INDEX, COUNT, TEXT = st.integers(0, 2**16), st.integers(1, 3), st.text()
+ACTION = st.sampled_from(["replace", "remove", "add"])
 
 
 def places(value, path=()):
@@ -48,22 +55,22 @@ def places(value, path=()):
 @st.composite
 def mutated(draw, valid):
     """A valid object in which a few values are replaced, removed, or given other names."""
-    found = copy.deepcopy(draw(st.sampled_from(valid)))
-    for _ in range(draw(st.integers(1, 3))):
-        path = draw(st.sampled_from([p for p in places(found) if p] or [()]))
-        if not path:
+    found = json.loads(json.dumps(valid[draw(INDEX) % len(valid)]))
+    for _ in range(draw(COUNT)):
+        paths = [path for path in places(found) if path]
+        if not paths:
             break
-        *outer, last = path
+        *outer, last = paths[draw(INDEX) % len(paths)]
         parent = found
         for key in outer:
             parent = parent[key]
-        action = draw(st.sampled_from(["replace", "remove", "add"]))
+        action = draw(ACTION)
         if action == "replace":
             parent[last] = draw(VALUES)
         elif action == "remove":
             del parent[last]
         elif isinstance(parent, dict):
-            parent[draw(st.text())] = draw(VALUES)
+            parent[draw(TEXT)] = draw(VALUES)
         else:
             parent.insert(last, draw(VALUES))
     return found
@@ -78,6 +85,11 @@ def contents(valid):
         | mutated(valid).map(lambda value: json.dumps(value).encode())
         | st.tuples(whole, st.integers(0, 300)).map(lambda pair: pair[0][: pair[1]])
     )
+
+
+def write(path, content):
+    path.unlink(missing_ok=True)  # a file that is written over may wait for the disk
+    path.write_bytes(content)
 
 
 def one_line(error):
@@ -108,11 +120,15 @@ NETWORKS = [
     for cells in GENOTYPES
 ]
 CONFIG = {**workdirs.computed(Config()), "facts": {"version": "0.1.0", "data": "abc"}}
+SEARCHES = [
+    {**workdirs._fields(config), "facts": {"version": "0.1.0", "train images": "abc"}}
+    for _, config in search_config.PRESETS.values()
+]
 
 
 def check_genotype(tmp_path, content):
     path = tmp_path / "genotype.json"
-    path.write_bytes(content)
+    write(path, content)
     for kind in (genotype.CNN, genotype.RNN):
         try:
             found = genotype.load(path, kind=kind)
@@ -124,7 +140,7 @@ def check_genotype(tmp_path, content):
 
 def check_network(tmp_path, content):
     path = tmp_path / "model.json"
-    path.write_bytes(content)
+    write(path, content)
     try:
         found = prediction._parse(files.read_json(path))
     except ValueError as error:
@@ -137,7 +153,7 @@ def check_network(tmp_path, content):
 def check_config(tmp_path, content):
     """It is this very config, or refused, and written back or left as it is."""
     path = tmp_path / "config.json"
-    path.write_bytes(content)
+    write(path, content)
     try:
         workdirs.write_config(Config(), tmp_path, {"data": "abc"})
     except UserError as error:
@@ -145,6 +161,37 @@ def check_config(tmp_path, content):
         assert path.read_bytes() == content
     else:
         assert json.loads(path.read_text())["epochs"] == Config().epochs
+
+
+def check_search(tmp_path, content):
+    """All that the file says is there, of the types that the fields have."""
+    path = tmp_path / "config.json"
+    write(path, content)
+    try:
+        found = select_cnn.read_config(tmp_path)
+    except ValueError as error:
+        one_line(error)
+    else:
+        assert_typed(found)
+        fields = workdirs.flatten(workdirs._fields(found))
+        for name, value in workdirs.flatten(files.read_json(path)).items():
+            assert name not in fields or fields[name] == value
+
+
+def assert_typed(value):
+    """The fields of a dataclass are of their types."""
+    kinds = typing.get_type_hints(type(value))
+    for field in dataclasses.fields(value):
+        own, kind = getattr(value, field.name), kinds[field.name]
+        if dataclasses.is_dataclass(own):
+            assert_typed(own)
+        elif typing.get_origin(kind) is typing.Literal:
+            assert own in typing.get_args(kind)
+        elif typing.get_origin(kind) is tuple:
+            assert tuple(map(type, own)) == typing.get_args(kind)
+        else:
+            assert type(own) is not bool or kind is bool
+            assert isinstance(own, kind)
 
 
 @dataclass(frozen=True)
@@ -157,6 +204,7 @@ CASES = {
     "genotype": Case(check_genotype, [*GENOTYPES, *RECURRENT]),
     "network": Case(check_network, NETWORKS),
     "config": Case(check_config, [CONFIG]),
+    "search": Case(check_search, SEARCHES),
 }
 
 
@@ -182,5 +230,8 @@ def test_what_is_valid_is_taken(tmp_path, name):
         case.check(tmp_path, json.dumps(value).encode())
     if name == "config":
         workdirs.check(tmp_path, Config())
+    if name == "search":
+        last = [config for _, config in search_config.PRESETS.values()][-1]
+        assert select_cnn.read_config(tmp_path) == dataclasses.replace(last, run=RunConfig())
     if name == "network":
         assert prediction._parse(NETWORKS[0]).image_shape == (8, 8, 1)

@@ -164,6 +164,8 @@ def test_selection_without_a_search(folder, capsys):
     [
         ("network", "channels", "x", "network.channels is 'x', where 4 would be of the right kind"),
         ("data", "name", [1], "data.name is"),
+        ("data", "limit", "many", "data.limit is 'many', where None would be"),
+        ("search", "estimator", "unroled", "search.estimator is 'unroled'; use one of: first_"),
         ("search", "remedies", 3, "search.remedies is no object"),
         ("search", "epochs", 0, "--search.epochs is 0; give at least 1"),
         ("search", "radius", float("nan"), "NaN is no number of JSON"),

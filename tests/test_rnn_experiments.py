@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import event_files
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +82,8 @@ def test_search_and_training_from_the_command_line(empty_folder, capsys):
     found = genotype.load(workdir / "genotype.json", kind=genotype.RNN)
     assert found == genotype.derive_recurrent(epochs[-1]["alpha"])
     assert epochs[0]["alpha"] != epochs[1]["alpha"]
+    event_files.assert_histograms(workdir, epochs, "alpha")
+    event_files.assert_pictures(workdir, 14, ["cell", "alphas"])
     output = capsys.readouterr().out
     assert f"perplexity {math.exp(epochs[-1]['eval_loss']):.1f}" in output
     assert f"0 = {found.recurrent[0][0]}(start)" in output

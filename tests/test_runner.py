@@ -7,6 +7,7 @@ import signal
 import threading
 from typing import NamedTuple
 
+import event_files
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,20 +127,6 @@ def lines(workdir):
     return [{k: v for k, v in line.items() if k not in metrics.MEASURED} for line in found]
 
 
-def tensorboard_values(workdir):
-    """(step, value) of all events."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    for file in (workdir / "tensorboard").iterdir():
-        content = file.read_bytes()
-        while content:
-            size = int.from_bytes(content[:8], "little")
-            event = Event.FromString(content[12 : 12 + size])
-            content = content[16 + size :]
-            for value in event.summary.value:
-                yield event.step, value
-
-
 def checkpoints(workdir):
     return sorted(path.name for path in (workdir / "checkpoints").iterdir())
 
@@ -193,7 +180,7 @@ def test_log_every(tmp_path, whole):
 
 
 def test_the_metrics_go_to_tensorboard_too(whole):
-    found = {(value.tag, step): value for step, value in tensorboard_values(whole[0])}
+    found = {(value.tag, step): value for step, value in event_files.values(whole[0])}
     for line in lines(whole[0]):
         for name in set(line) - {"kind", "step", "epoch", "w"}:
             value = found[f"{line['kind']}/{name}", line["step"]].simple_value
@@ -422,7 +409,7 @@ def test_pictures_are_handed_to_tensorboard(tmp_path):
 
     with metrics.Display(Console(file=io.StringIO())) as display:
         runner.run(make_job()._replace(draw=draw), Config(), tmp_path, display)
-    pictures = [(step, v) for step, v in tensorboard_values(tmp_path) if v.HasField("image")]
+    pictures = [(step, v) for step, v in event_files.values(tmp_path) if v.HasField("image")]
     ((step, value),) = pictures
     assert (step, value.tag) == (2 * STEPS, "cell")
     assert value.image.encoded_image_string == (tmp_path / "cell.png").read_bytes()

@@ -3,6 +3,7 @@ import inspect
 import json
 from pathlib import Path
 
+import event_files
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -237,6 +238,9 @@ def test_a_search_from_the_command_line(stand_in, capsys):
     found = genotype.load(workdir / "genotype.json")
     assert found == genotype.derive(epochs[-1]["alpha"])
     assert epochs[0]["alpha"] != epochs[1]["alpha"]
+    for cell in ("normal", "reduce"):
+        event_files.assert_histograms(workdir, epochs, f"alpha/{cell}")
+    event_files.assert_pictures(workdir, 12, ["normal", "reduce", "alphas"])
 
     output = capsys.readouterr().out
     for text in (

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -132,6 +133,19 @@ def test_one_process_at_a_time(tmp_path):
         assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
         workdirs.check(tmp_path, Config())  # the lock is no content
     assert not list(tmp_path.iterdir())
+
+
+def test_where_locks_are_not_known_a_warning_says_so(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(workdirs.fcntl, "flock", refuse)
+    with workdirs.opened(tmp_path / "run", Config()) as folder:
+        (folder / "cells.json").touch()
+    (line,) = capsys.readouterr().err.splitlines()
+    expected = f"warning: {tmp_path}/run cannot be locked (Operation not supported); see to it that"
+    assert line.startswith(expected)
+    assert list(folder.iterdir()) == [folder / "cells.json"]
 
 
 def test_a_folder_for_nothing_is_removed(tmp_path):
