@@ -5,13 +5,12 @@ mode are built of the same few, each of which can be compiled in its own way.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 from jax.sharding import PartitionSpec as P
 
 from darts_jax import native
@@ -44,7 +43,7 @@ def bilinear(
         for its `aval`: the cotangent of lhs.
       transpose_rhs: that of rhs, which is undefined.
       looped: as above.
-      target: the kernel that computes the same on CPUs (`native.lowering`), used if it is there.
+      target: the kernel that computes the same on CPUs (`native.define`), used if it is there.
       attributes: the parameters that it takes.
     """
     primitive = Primitive(name)
@@ -78,17 +77,7 @@ def bilinear(
 
         return lax.platform_dependent(*args, cpu=one_by_one, default=at_once), 0
 
-    @lru_cache
-    def compiled(items):  # for calls outside of jit
-        return jax.jit(lambda a, b: primitive.bind(a, b, **dict(items)))
-
-    primitive.def_impl(lambda a, b, **params: compiled(tuple(params.items()))(a, b))
-    primitive.def_abstract_eval(abstract)
-    portable = mlir.lower_fun(function, multiple_results=False)
-    mlir.register_lowering(primitive, portable)
-    if target is not None:
-        rule = native.lowering(target, portable, attributes)
-        mlir.register_lowering(primitive, rule, platform="cpu")
+    native.define(primitive, function, abstract, target, attributes)
     ad.defbilinear(primitive, transpose_lhs, transpose_rhs)
 
     def jvp(primals, tangents, **params):

@@ -9,6 +9,7 @@ image; columns likewise.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -31,7 +32,12 @@ def depthwise(x: Array, kernel: Array, stride: int = 1, dilation: int = 1) -> Ar
 
     Returns:
       [N, H', W', K, C], H' = ceil(H / stride).
+
+    Raises:
+      TypeError: x and kernel do not fit in shape or dtype.
     """
+    if x.shape[3:] not in (kernel.shape[3:], kernel.shape[::3]) or x.dtype != kernel.dtype:
+        raise TypeError(f"kernels {jax.typeof(kernel)} do not fit images {jax.typeof(x)}")
     height, width = (-(-size // stride) for size in x.shape[1:3])
     low = dilation * (kernel.shape[1] // 2)
     return _convolve(x, kernel, _Steps(stride, 1, dilation, low, False), (height, width), True)
@@ -96,7 +102,7 @@ def _taps(image, many, *, size, **steps):
     steps, (edges, channels) = _Steps(**steps), many.shape[3:]
     image = image if image.ndim == 5 else image[..., None, :]
     image = jnp.broadcast_to(image, (*image.shape[:3], edges, channels))
-    image, flat = (x.reshape(*x.shape[:3], -1) for x in (image, many))
+    image, flat = (x.reshape(*x.shape[:3], edges * channels) for x in (image, many))
     sides = tuple(
         _sides(n, out, size, steps)[:2]
         for n, out in zip(image.shape[1:3], flat.shape[1:3], strict=True)

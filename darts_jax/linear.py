@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
 from darts_jax import native
 
@@ -42,11 +42,7 @@ def _primitive(name: str, function: Callable, multiple: bool = False) -> Primiti
         out = jax.eval_shape(lambda *a: function(*a, **params), *args)
         return jax.tree.map(lambda x: jax.core.ShapedArray(x.shape, x.dtype), out)
 
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames=("sizes",)))
-    primitive.def_abstract_eval(abstract)
-    portable = mlir.lower_fun(function, multiple_results=multiple)
-    mlir.register_lowering(primitive, portable)
-    mlir.register_lowering(primitive, native.lowering(name, portable), platform="cpu")
+    native.define(primitive, function, abstract, name)
 
     def batch(args, dims, **params):
         out = jax.vmap(lambda *a: function(*a, **params), in_axes=tuple(dims))(*args)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
 from darts_jax import native
 from darts_jax.bilinear import bilinear
@@ -19,8 +19,19 @@ PIXELS = (0, 1, 2)
 
 
 def mix(images: Sequence[Array], factors: Sequence[Array], bias: Array) -> Array:
-    """Sum over i of images[i] * factors[i], plus bias [K, C]: [N, H, W, K, C]."""
-    return _mix_p.bind(*images, *factors, bias)
+    """Sum over i of images[i] * factors[i], plus bias [K, C]: [N, H, W, K, C].
+
+    Raises:
+      TypeError: their shapes do not fit.
+    """
+    args = *images, *factors, bias
+    kinds, batches = (bias.shape, (1, *bias.shape[1:])), {x.shape[:3] for x in images}
+    fit = len(batches) == 1 and all(x.shape[3:] in kinds for x in images)
+    if not fit or any(f.shape != bias.shape for f in factors):
+        given = ", ".join(str(jax.typeof(x)) for x in args)
+        raise TypeError(f"images, factors and bias do not fit: {given}")
+    dtype = jnp.result_type(*args)
+    return _mix_p.bind(*(x.astype(dtype) for x in args))
 
 
 def mean(x: Array) -> Array:
@@ -65,6 +76,10 @@ def _count(x) -> int:
     return x.shape[0] * x.shape[1] * x.shape[2]
 
 
+def _sum(x):
+    return mean(x) * _count(x) if _count(x) else jnp.zeros(x.shape[3:], x.dtype)
+
+
 def _pull_image(ct, x, factors):
     """Cotangent of an image that stands with factors in a sum, from that of the sum."""
     if x.aval.shape == ct.shape:
@@ -101,17 +116,12 @@ def _primitive(
     """
     primitive = Primitive(name)
     primitive.multiple_results = results is not None
-    compiled = jax.jit(lambda *args: primitive.bind(*args))
-    primitive.def_impl(lambda *args: compiled(*args))
 
     def abstract(*args):
         aval = jax.core.ShapedArray(shape(*args), args[0].dtype)
         return aval if results is None else [aval] * results
 
-    primitive.def_abstract_eval(abstract)
-    portable = mlir.lower_fun(function, multiple_results=results is not None)
-    mlir.register_lowering(primitive, portable)
-    mlir.register_lowering(primitive, native.lowering(target, portable), platform="cpu")
+    native.define(primitive, function, abstract, target)
 
     def batch(args, dims):
         out = jax.vmap(function, in_axes=tuple(dims))(*args)
@@ -152,7 +162,7 @@ def _mix_transpose(ct, *args):
         unknown = ad.is_undefined_primal(x)
         images.append(_pull_image(ct, x, f) if unknown else None)
         factors.append(_dot_p.bind(x, ct) if ad.is_undefined_primal(f) else None)
-    bias = mean(ct) * _count(ct) if ad.is_undefined_primal(args[-1]) else None
+    bias = _sum(ct) if ad.is_undefined_primal(args[-1]) else None
     return [*images, *factors, bias]
 
 

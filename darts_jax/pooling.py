@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
 from darts_jax import native
 
@@ -26,7 +26,7 @@ def max_pool(x: Array, stride: int) -> Array:
     side = (1, 1, 0)
     y = lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), ((0, 0, 0), side, side, (0, 0, 0)))
     for axis in (2, 1):
-        stop = x.shape[axis] - stride + 1
+        stop = stride * (-(-x.shape[axis] // stride) - 1) + 1
         parts = [lax.slice_in_dim(y, i, i + stop, stride, axis) for i in range(3)]
         y = first_max(first_max(parts[0], parts[1]), parts[2])
     return y
@@ -84,12 +84,7 @@ def _put(y, index, *, stride, height, width):
 
 def _primitive(name, function, abstract, target):
     primitive = Primitive(name)
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames=("stride", "height", "width")))
-    primitive.def_abstract_eval(abstract)
-    portable = mlir.lower_fun(function, multiple_results=False)
-    mlir.register_lowering(primitive, portable)
-    rule = native.lowering(target, portable, ("stride",))
-    mlir.register_lowering(primitive, rule, platform="cpu")
+    native.define(primitive, function, abstract, target, ("stride",))
 
     def batch(args, dims, **params):
         return jax.vmap(lambda *a: function(*a, **params), in_axes=tuple(dims))(*args), 0
