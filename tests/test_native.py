@@ -40,6 +40,7 @@ FUNCTIONS = {
 each = pytest.mark.parametrize(("function", "images", "others"), FUNCTIONS.values(), ids=FUNCTIONS)
 with_kernels = pytest.mark.parametrize("kernels", ["kernels"], indirect=True)
 IMAGES = PartitionSpec("data")
+SHARED = jax.jit(partial(max_pool, stride=1))
 
 
 def arguments(images, others):
@@ -75,6 +76,12 @@ def test_the_form_decides_the_program(kernels, function, images, others):
     else:
         assert value >= 1
         assert both > value or function is mean  # whose gradient is a constant image
+
+
+def test_the_form_decides_what_was_compiled_before(kernels):
+    """What both forms call is traced again in the second."""
+    traced = str(jax.make_jaxpr(SHARED)(jnp.ones(FEW)))
+    assert ("pool_take" in traced) == (kernels == "kernels")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16", "int32"])

@@ -23,7 +23,7 @@ from darts_jax.operations import (
     update_running,
 )
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("kernels", "x64")
 
 RTOL = 1e-9
 TABLE = list(itertools.product(OPERATIONS, (1, 2)))
