@@ -99,7 +99,7 @@ def test_third_derivatives(function, reference, shapes):
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (2, 3)])
-@each_chosen
+@pytest.mark.parametrize(("function", "reference", "shapes"), CHOSEN[1:3])
 def test_vmap(function, reference, shapes, axes):
     derivatives.mapped(function, reference, arguments(shapes), axes)
 
@@ -176,6 +176,12 @@ def test_rematerialized():
 def test_refuses_what_does_not_fit(image, dtype, message):
     with pytest.raises(TypeError, match=message):
         depthwise(jnp.zeros(image, dtype), jnp.zeros((2, 3, 3, 3)))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3, 3), (2, 3, 1, 3)])
+def test_refuses_kernels_that_are_not_square(shape):
+    with pytest.raises(TypeError, match=r"kernels float64\[2,\d,\d,3\] are not square"):
+        depthwise(jnp.zeros((2, 4, 5, 3)), jnp.zeros(shape))
 
 
 @each_chosen
