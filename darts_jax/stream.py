@@ -5,9 +5,12 @@ batch holds depends on seed, epoch and its place in the epoch alone: not on the 
 nor on what was read before.
 """
 
+import hashlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +19,20 @@ from PIL import Image, ImageEnhance
 from darts_jax import data
 from darts_jax.data import Split
 
-NAMES = ("imagenet2012",)
+
+class Contents(NamedTuple):
+    """What a dataset is known to hold: images to train and to test, classes."""
+
+    train: int
+    test: int
+    num_classes: int
+
+
+CONTENTS: Mapping[str, Contents] = MappingProxyType(
+    {"imagenet2012": Contents(1_281_167, 50_000, 1000)}
+)
+NAMES = tuple(CONTENTS)
+TRAIN, TEST = "train", "validation"  # splits of the prepared files
 # Of the training images scaled to [0, 1], as quark0/darts gives them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -42,6 +58,7 @@ class Stream(NamedTuple):
       size: side in pixels to which images are cropped.
       mean: per channel, of the training images scaled to [0, 1].
       std: likewise, the standard deviation.
+      fingerprint: tells the prepared files apart from others, by what their index says of them.
     """
 
     name: str
@@ -53,6 +70,7 @@ class Stream(NamedTuple):
     size: int
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
+    fingerprint: str = ""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -114,6 +132,8 @@ def check(name: str) -> None:
 def load(name: str, path: str | None, limit: int | None, size: int) -> Stream:
     """Opens a dataset by its name, one of `NAMES`.
 
+    The images in its files are counted, not read.
+
     Args:
       name: of the dataset.
       path: the folder of TensorFlow Datasets (its data_dir); None for its default.
@@ -121,14 +141,54 @@ def load(name: str, path: str | None, limit: int | None, size: int) -> Stream:
       size: side in pixels to crop images to.
 
     Raises:
-      ValueError: if the dataset is not prepared, naming the command that does it.
+      ValueError: if the dataset is not prepared, naming the command that does it, or not what it
+        should be.
     """
     check(name)
     builder = data.open_prepared(name, path)
+    _verify(name, builder)
     with data.quiet_absl():
-        train, test = (builder.as_data_source(split=split) for split in ("train", "validation"))
+        train, test = (builder.as_data_source(split=split) for split in (TRAIN, TEST))
     sizes = (len(source) if limit is None else min(limit, len(source)) for source in (train, test))
-    return Stream(name, train, test, *sizes, builder.info.features["label"].num_classes, size)
+    classes = CONTENTS[name].num_classes
+    return Stream(name, train, test, *sizes, classes, size, fingerprint=_fingerprint(builder))
+
+
+def _verify(name: str, builder: Any) -> None:
+    """Raises a ValueError if prepared files hold other numbers than a dataset is known to."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    known, where = CONTENTS[name], f"dataset {name!r} in {builder.data_dir}"
+    again = "move it away and prepare it again"
+    classes = builder.info.features["label"].num_classes
+    if classes != known.num_classes:
+        raise ValueError(f"{where} has {classes} classes, not {known.num_classes}; {again}")
+    for split, size in ((TRAIN, known.train), (TEST, known.test)):
+        info = builder.info.splits.get(split)
+        found = info.num_examples if info else 0
+        if found != size:
+            raise ValueError(
+                f"{where} has {found} images in its {split} split, not {size}; {again}"
+            )
+        try:
+            found = len(ArrayRecordDataSource([str(path) for path in info.filepaths]))
+        except RuntimeError as error:
+            text = " ".join(str(error).split()) or "it is cut off"
+            raise ValueError(
+                f"{where} has a file in its {split} split that cannot be read ({text}); {again}"
+            ) from error
+        if found != size:
+            raise ValueError(
+                f"{where} has {found} images in the files of its {split} split, not {size}; {again}"
+            )
+
+
+def _fingerprint(builder: Any) -> str:
+    """16 characters that tell prepared files apart from others, by what their index holds."""
+    splits = [builder.info.splits[name] for name in (TRAIN, TEST)]
+    held = [(s.name, s.filenames, s.shard_lengths, int(s.num_bytes)) for s in splits]
+    text = json.dumps([str(builder.info.version), held])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def train_batches(

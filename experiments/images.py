@@ -197,6 +197,9 @@ def _stream_feed(mesh: Mesh, config: Config, dataset: Stream) -> Feed:
         stream.test_batches(dataset, batch_size, workers=own.workers, share=share),
         train_batch,
         eval_batch,
-        {"train images": str(dataset.train_size), "test images": str(dataset.test_size)},
+        {
+            "train images": f"{dataset.train_size} of {dataset.fingerprint}",
+            "test images": f"{dataset.test_size} of {dataset.fingerprint}",
+        },
         place,
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +13,12 @@ from darts_jax.files import read_json
 from experiments import evaluate_cnn, evaluate_rnn, search_cnn, search_rnn
 from experiments.errors import UserError
 from experiments.metrics import METRICS, parse_line
+from experiments.seeds import OF_SEED
 from experiments.workdir import ALWAYS, APART, CONFIG, MISSING, flatten
 
 GENOTYPE = "genotype.json"  # file of a workdir
 EXPERIMENTS = (search_cnn, search_rnn, evaluate_cnn, evaluate_rnn)
+ALPHA = "alpha"  # in lines of metrics
 PLACE = ("kind", "step", "epoch")  # fields that say where a line belongs
 CELLS = ("cells", "cell")  # fields of a config that hold what was trained
 # Fields in which runs of one preset may differ: which cells, and what was random.
@@ -45,7 +47,8 @@ class Run(NamedTuple):
       fields: of its config, {"search.epochs": 50, ...}.
       lines: of metrics.jsonl, by kind.
       unfinished: the place of a last line that has no end yet, if there is one.
-      frames: its alphas over time; none unless it was a search.
+      frames: its alphas over time, those of each seed where there are several, by the name of what
+        they are of: {"": ...}, or {"seed 3": ...}; none unless it was a search.
       cells: that it found or trained, if any.
     """
 
@@ -53,7 +56,7 @@ class Run(NamedTuple):
     fields: dict[str, Any]
     lines: dict[str, list[dict[str, Any]]]
     unfinished: str | None
-    frames: list[Frame]
+    frames: dict[str, list[Frame]]
     cells: genotype.AnyGenotype | None
 
     def series(self, kind: str) -> dict[str, list[tuple[int, float]]]:
@@ -132,10 +135,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _read_metrics(
     path: Path,
-) -> tuple[dict[str, list[dict[str, Any]]], str | None, list[Frame]]:
+) -> tuple[dict[str, list[dict[str, Any]]], str | None, dict[str, list[Frame]]]:
     """The lines by kind, the place of a last one that has no end yet, and the alphas in them."""
     lines: dict[str, list[dict[str, Any]]] = {}
-    frames: list[Frame] = []
+    frames: dict[str, list[Frame]] = {}
     try:
         *texts, rest = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -143,8 +146,10 @@ def _read_metrics(
     for number, text in enumerate(texts, 1):
         try:
             line = parse_line(text)
-            if line["kind"] == "epoch" and "alpha" in line:
-                frames.append(_frame(line, frames[:1]))
+            if line["kind"] == "epoch":
+                for of, alpha in _alphas(line):
+                    before = frames.setdefault(of, [])
+                    before.append(_frame(line["epoch"], alpha, before[:1]))
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise _damaged(f"{path}, line {number}", error) from error
         lines.setdefault(line["kind"], []).append(line)
@@ -155,13 +160,21 @@ def _read_metrics(
     return lines, f"{path}, line {len(texts) + 1}" if rest else None, frames
 
 
-def _frame(line: Mapping[str, Any], first: Sequence[Frame]) -> Frame:
-    """The alphas in a line of kind "epoch", of two cells or of a recurrent one.
+def _alphas(line: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What is called alpha in a line of kind "epoch": of what ("" or a seed), and the alphas."""
+    for name, value in line.items():
+        if name == ALPHA:
+            yield "", value
+        elif name.startswith(ALPHA + OF_SEED):
+            yield f"seed {name.removeprefix(ALPHA + OF_SEED)}", value
+
+
+def _frame(epoch: int, alpha: Any, first: Sequence[Frame]) -> Frame:
+    """The alphas of two cells or of a recurrent one, as they were after an epoch.
 
     Raises:
       ValueError, TypeError: if they stand for no cell, or have other shapes than in the first.
     """
-    alpha = line["alpha"]
     if isinstance(alpha, dict):
         cells: genotype.AnyGenotype = genotype.derive(alpha)
     else:
@@ -175,7 +188,7 @@ def _frame(line: Mapping[str, Any], first: Sequence[Frame]) -> Frame:
     for other in first:
         if _shapes(other.weights) != _shapes(weights):
             raise ValueError("alpha has another shape than in the first epoch")
-    return Frame(line["epoch"], weights, cells)
+    return Frame(epoch, weights, cells)
 
 
 def _shapes(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:

@@ -193,7 +193,8 @@ function showAlphas() {
     return (epoch) => {
       // A run that has ended stays as it was then.
       const frame = Math.max(0, run.epochs.findLastIndex((each) => each <= epoch));
-      heading.textContent = `${data.runs[run.run].name}, after epoch ${run.epochs[frame]}`;
+      const names = [data.runs[run.run].name, run.of].filter(Boolean).join(", ");
+      heading.textContent = `${names}, after epoch ${run.epochs[frame]}`;
       cells.forEach((draw) => draw(frame));
     };
   });

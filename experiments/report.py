@@ -51,7 +51,8 @@ td:first-child { white-space: nowrap; }
 .chart output { font-size: .85rem; color: #57606a; }
 figcaption { font-weight: 600; }
 svg { fill: #24292f; font: 12px system-ui, sans-serif; }
-.alpha { display: inline-block; vertical-align: top; margin: .5rem 1rem .5rem 0; max-width: 100%; }
+#alphas section, .alpha { display: inline-block; vertical-align: top; max-width: 100%;
+                          margin: .5rem 1rem .5rem 0; }
 .alpha svg { max-width: 100%; height: auto; }
 .bar { position: sticky; top: 0; max-height: 40vh; overflow: auto; z-index: 1;
        padding: .5rem 0; background: #fff; border-bottom: 1px solid #d0d7de; }
@@ -206,11 +207,12 @@ def _data(runs: Sequence[Run]) -> dict[str, Any]:
         "alphas": [
             {
                 "run": i,
-                "epochs": [frame.epoch for frame in run.frames],
-                "cells": [_animation(run.frames, name) for name in run.frames[0].weights],
+                "of": of,
+                "epochs": [frame.epoch for frame in frames],
+                "cells": [_animation(frames, name) for name in frames[0].weights],
             }
             for i, run in enumerate(runs)
-            if run.frames
+            for of, frames in run.frames.items()
         ],
     }
 

@@ -272,8 +272,10 @@ def make_job(config: Config, corpus: Corpus, workdir: Path) -> runner.Job:
 
     @jax.jit
     def eval_step(state: search.SearchState, data: texts.Texts, _: jax.Array):
-        weights = relax(state.alpha, EVALUATION)
-        cell = language_model.relaxed_cell(state.carry.running, weights, train=False)
+        # By the batch where `none` may have had nearly all the weight: a state then hardly varies,
+        # and by running statistics, which all states share, the others would diverge.
+        weights, by_batch = relax(state.alpha, EVALUATION), relax is not softmax
+        cell = language_model.relaxed_cell(state.carry.running, weights, train=by_batch)
         total, tokens = evaluate(state.w, cell)
         return {"eval_loss": total}, tokens
 

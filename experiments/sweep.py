@@ -34,7 +34,8 @@ from rich.console import Console
 from darts_jax.genotype import nearest
 from experiments import command_line, distributed, sweep_results
 from experiments.errors import Interrupted, RunsFailed, UserError
-from experiments.launchers import LAUNCHERS, Resources, Slurm, Task, require
+from experiments.launchers import LAUNCHERS, require
+from experiments.tasks import Resources, Slurm, Task
 from experiments.workdir import check as check_workdir
 from experiments.workdir import flatten, locked, writing
 

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from darts_jax.files import write_text
 from experiments.errors import UserError
-from experiments.launchers import Ended
 from experiments.metrics import METRICS
+from experiments.tasks import Ended
 from experiments.workdir import writing
 
 RESULTS = "results.csv"  # file of a sweep's folder

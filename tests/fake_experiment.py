@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MODULE = "fake_experiment"
-FOREVER = 60  # seconds
+FOREVER = 300  # seconds
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from darts_jax import stream
+
 SIZE, TRAIN, TEST, CLASSES = 40, 26, 9, 4
+
+
+def expect(monkeypatch, train=TRAIN, test=TEST, classes=1000):
+    """Makes the small one what ImageNet is known to hold; its classes are those of the real one."""
+    contents = {"imagenet2012": stream.Contents(train, test, classes)}
+    monkeypatch.setattr(stream, "CONTENTS", contents)
 
 
 def png(value):

@@ -112,7 +112,6 @@ def test_architectures_that_differ_by_less_than_seeds():
     assert ground_truth.agreement(np.array([[1.0, 2.0], [2.0, 1.0], [1.5, 1.5]])).between == 0
 
 
-@pytest.mark.skipif(not ground_truth.SHIPPED.exists(), reason="the package has no table yet")
 def test_the_table_of_the_package():
     assert ground_truth.SHIPPED.stat().st_size < 1_000_000
     table = ground_truth.load()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from cheap_cells import CHEAP
 from meshes import use
-from small_imagenet import prepare
+from small_imagenet import expect, prepare
 
 from darts_jax import checkpoint, genotype, prediction, stream
 from experiments import devices, evaluate_cnn
@@ -37,7 +38,8 @@ IMAGENET = (
 
 
 @pytest.fixture
-def imagenet(folder, tmp_path):
+def imagenet(folder, tmp_path, monkeypatch):
+    expect(monkeypatch)
     prepare(tmp_path / "tfds")
     return [*IMAGENET.split(), "--data.path", str(tmp_path / "tfds")]
 
@@ -51,6 +53,9 @@ def test_imagenet_from_prepared_files(imagenet, two_devices, capsys):
     epochs = lines_of("epoch")
     assert 0 <= epochs[-1]["eval_accuracy"] <= epochs[-1]["eval_top5_accuracy"] <= 1
     assert "test error, top 5" in capsys.readouterr().out
+    facts = json.loads(Path("run", "config.json").read_text())["facts"]
+    assert re.fullmatch("26 of [0-9a-f]{16}", facts["train images"])
+    assert facts["test images"] == facts["train images"].replace("26", "9")
     state = prediction.load("run")
     logits = state.apply(state.variables, np.zeros((2, 32, 32, 3), np.uint8))
     assert logits.shape == (2, 1000)

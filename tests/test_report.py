@@ -20,8 +20,8 @@ from experiments.workdir import write_config
 NASTY = "</script><script>alert('&amp;')</script><!--"
 
 
-def write_run(folder, config, epochs, alpha=None, cells=None):
-    """A run of two steps an epoch; `alpha` makes what a line holds from a generator."""
+def write_run(folder, config, epochs, alpha=None, cells=None, alphas=("alpha",)):
+    """A run of two steps an epoch; `alpha` makes what a line holds by each name in `alphas`."""
     rng = np.random.default_rng(0)
     write_config(config, folder)
     lines = []
@@ -29,7 +29,7 @@ def write_run(folder, config, epochs, alpha=None, cells=None):
         for step in (2 * epoch - 1, 2 * epoch):
             lines.append({"kind": "step", "step": step, "epoch": epoch, "train_loss": 2.5 / step})
         values = {"eval_loss": 3 / epoch, "averaged": False, "seconds": 1.5}
-        own = {"alpha": alpha(rng)} if alpha else {}
+        own = {name: alpha(rng) for name in alphas} if alpha else {}
         lines.append({"kind": "epoch", "step": 2 * epoch, "epoch": epoch, **values, **own})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if cells:
@@ -143,6 +143,27 @@ def test_data_of_the_script(workdirs):
     assert framed == {(name, source, 2 + i // 2) for i, (name, source) in enumerate(cells.normal)}
 
 
+@pytest.fixture
+def several(tmp_path):
+    """A search from two seeds."""
+    config = dataclasses.replace(search_cnn.PRESETS["smoke"][1], seed=7, seeds=2)
+    names = "alpha_of_seed_7", "alpha_of_seed_8"
+    return write_run(tmp_path / "several", config, 3, conv_alpha, alphas=names)
+
+
+def test_alphas_of_each_seed(several, workdirs, tmp_path):
+    runs = recorded.read_runs([workdirs[1], tmp_path / "several"])
+    rnn, *seeds = Page(report.build(runs)).data["alphas"]
+    assert (rnn["run"], rnn["of"]) == (0, "")
+    assert [(each["run"], each["of"]) for each in seeds] == [(1, "seed 7"), (1, "seed 8")]
+    for seed, shown in zip((7, 8), seeds, strict=True):
+        assert shown["epochs"] == [1, 2, 3]
+        for cell in shown["cells"]:
+            alpha = [line[f"alpha_of_seed_{seed}"][cell["name"]] for line in several[2::3]]
+            expected = np.exp(alpha) / np.exp(alpha).sum(axis=2, keepdims=True)
+            np.testing.assert_allclose(cell["weights"], expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("count", [1, 16])
 def test_any_number_of_runs(tmp_path, count):
     config = evaluate_rnn.PRESETS["smoke"][1]
@@ -213,6 +234,11 @@ LINE = '{"kind": "epoch", "step": 4, "epoch": 2'
             "metrics.jsonl",
             LINE + ', "alpha": [[0,0,0,0,0]]}\n' + LINE + f', "alpha": {[[0] * 5] * 3}}}\n',
             "line 2: cannot be read (alpha has another shape",
+        ),
+        (
+            "metrics.jsonl",
+            LINE + ', "alpha_of_seed_3": [1, 2]}\n',
+            "metrics.jsonl, line 1: cannot be read",
         ),
         ("genotype.json", "{}", "genotype.json: cannot be read (field 'normal' is missing"),
         ("genotype.json", "[1]", "genotype.json: cannot be read (not an object)"),
@@ -288,3 +314,12 @@ def test_in_a_browser(workdirs, tmp_path):
     assert told["hidden"] == 2 * 3
     assert told["playing"] == "Pause"
     assert told["played"] == last
+
+
+@browser.needed
+def test_seeds_in_a_browser(several, tmp_path):
+    told = browser.told_by(report.build(recorded.read_runs([tmp_path / "several"])), USER, tmp_path)
+    names = ["several, seed 7, after epoch {}", "several, seed 8, after epoch {}"]
+    assert told["at_first"][0] == [name.format(3) for name in names]
+    assert told["at_first"][2] == 2 * 2 * 5 * 8
+    assert told["moved"][0] == [name.format(1) for name in names]

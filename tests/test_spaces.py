@@ -209,7 +209,8 @@ def test_edges_of_one_state_have_noise_of_their_own(cell):
 def test_the_noise_of_a_batch_is_the_same_in_every_pass():
     """Of its key alone: where all else has no weight, logits do not depend on what is before."""
     network = s4.SPACE.relaxed(channels=2, layers=3, num_classes=3, nodes=1)
-    weights = {name: jnp.array([[1.0, 0.0]] * 2) for name in ("normal", "reduce")}
+    row = jnp.eye(2)[network.primitives.index("noise")]
+    weights = {name: jnp.stack([row, row]) for name in ("normal", "reduce")}
     image = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
     variables = network.init(jax.random.key(1), image, weights, train=True)
     loss = jax.jit(search.make_loss(network, relaxation.as_they_are))

@@ -1,11 +1,12 @@
 """Images read by worker processes: what is in a batch, and what is done to an image."""
 
+import shutil
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
-from small_imagenet import CLASSES, TEST, TRAIN, prepare
+from small_imagenet import CLASSES, TEST, TRAIN, expect, prepare
 
 from darts_jax import data, stream
 from darts_jax.stream import Jitter, Stream
@@ -19,7 +20,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def images(folder):
+def images(folder, monkeypatch):
+    expect(monkeypatch)
     return stream.load("imagenet2012", folder, None, 16)
 
 
@@ -32,9 +34,66 @@ def test_loading(images):
     assert "tensorflow" not in sys.modules
 
 
-def test_limit(folder):
-    images = stream.load("imagenet2012", folder, 10, 16)
-    assert (images.train_size, images.test_size) == (10, TEST)
+def test_limit(folder, images):
+    limited = stream.load("imagenet2012", folder, 10, 16)
+    assert (limited.train_size, limited.test_size) == (10, TEST)
+
+
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        ({"train": 27}, "has 26 images in its train split, not 27; "),
+        ({"test": 50_000}, "has 9 images in its validation split, not 50000; "),
+        ({"classes": 4}, "has 1000 classes, not 4; "),
+    ],
+)
+def test_other_numbers_than_known_are_refused(folder, monkeypatch, known, message):
+    expect(monkeypatch, **known)
+    with pytest.raises(ValueError) as caught:
+        stream.load("imagenet2012", folder, None, 16)
+    assert str(caught.value).startswith(f"dataset 'imagenet2012' in {folder}/imagenet2012/")
+    assert str(caught.value).endswith(f"{message}move it away and prepare it again")
+
+
+def test_what_imagenet_holds():
+    """Table 1 of arXiv 1409.0575."""
+    assert stream.CONTENTS["imagenet2012"] == (1_281_167, 50_000, 1000)
+
+
+def prepared_copy(folder, tmp_path, split):
+    """Another folder of the same: its path, and the file of a split."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (file,) = copy.rglob(f"*-{split}.*")
+    return str(copy), file
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.unlink(), "its train split that cannot be read (open() failed: No such"),
+        (lambda file: file.write_bytes(file.read_bytes()[:70_000]), "that cannot be read ("),
+        (
+            lambda file: shutil.copy(next(file.parent.glob("*-validation.*")), file),
+            "has 9 images in the files of its train split, not 26;",
+        ),
+    ],
+    ids=["missing", "cut off", "another"],
+)
+def test_files_that_hold_something_else_are_refused(folder, images, tmp_path, damage, message):
+    copy, file = prepared_copy(folder, tmp_path, "train")
+    damage(file)
+    with pytest.raises(ValueError) as caught:
+        stream.load("imagenet2012", copy, None, 16)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_fingerprint_is_that_of_the_index(folder, images, tmp_path):
+    copy, file = prepared_copy(folder, tmp_path, "train")
+    assert stream.load("imagenet2012", copy, 10, 16).fingerprint == images.fingerprint
+    index = file.parent / "dataset_info.json"
+    index.write_text(index.read_text().replace('"numBytes": "', '"numBytes": "1'))
+    assert stream.load("imagenet2012", copy, None, 16).fingerprint != images.fingerprint
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import os
 import signal
 import threading
@@ -12,9 +13,9 @@ from pathlib import Path
 import fake_experiment
 import pytest
 
-from experiments import command_line, launchers, sweep, sweep_results
+from experiments import command_line, launchers, slurm, sweep, sweep_results
 from experiments.errors import UserError
-from experiments.launchers import Ended
+from experiments.tasks import Ended
 
 HERE = Path(__file__).parent
 
@@ -246,17 +247,27 @@ def test_a_second_signal_kills(start, tmp_path):
 
 
 @pytest.fixture
-def local_cluster(monkeypatch):
-    """`--launcher slurm` by submitit's executor for this machine."""
+def no_unpickling(monkeypatch):
+    """The sweep unpickles nothing that submitit writes; jobs, other processes, do."""
     pytest.importorskip("submitit")
-    monkeypatch.setitem(launchers.LAUNCHERS, "slurm", partial(launchers.on_slurm, cluster="local"))
+
+    def fail(path):
+        raise AssertionError(f"{path} is unpickled")
+
+    monkeypatch.setattr("submitit.core.utils.pickle_load", fail)
+
+
+@pytest.fixture
+def local_cluster(monkeypatch, no_unpickling):
+    """`--launcher slurm` by submitit's executor for this machine."""
+    monkeypatch.setitem(launchers.LAUNCHERS, "slurm", partial(slurm.on_slurm, cluster="local"))
 
 
 def test_submitit(start, local_cluster):
     assert start("--launcher", "slurm", "--grid", "end=well,3") == 5
     assert [row["exit_code"] for row in rows().values()] == ["0", "3"]
     assert all(float(row["wall_seconds"]) > 0 for row in rows().values())
-    assert launchers.read_json(Path("sweep/.slurm/jobs.json")) == {}
+    assert json.loads(Path("sweep/.slurm/jobs.json").read_text()) == {}
     assert start("--launcher", "slurm", "--grid", "end=well,3") == 5
     assert [attempts(name) for name in rows()] == [1, 2]
 
@@ -297,10 +308,9 @@ pkill -TERM -P $(cat {folder}/${{1#7_}})
 
 
 @pytest.fixture
-def slurm(monkeypatch, tmp_path):
+def cluster(monkeypatch, tmp_path, no_unpickling):
     """A folder for what a faked Slurm is told."""
-    submitit = pytest.importorskip("submitit")
-    monkeypatch.setattr(submitit.SlurmJob, "_results_timeout_s", 3)
+    monkeypatch.setattr(slurm, "LATE", 3)
     folder = tmp_path / "slurm"
     folder.mkdir()
     for name, text in SLURM.items():
@@ -318,10 +328,10 @@ ASKED = (
 )
 
 
-def test_slurm_is_asked_for_what_was_given(start, slurm):
+def test_slurm_is_asked_for_what_was_given(start, cluster):
     assert start(*ASKED, "--grid", "end=well,3") == 5
     assert [row["exit_code"] for row in rows().values()] == ["0", "3"]
-    lines = (slurm / "script").read_text().splitlines()
+    lines = (cluster / "script").read_text().splitlines()
     for option in (
         "array=0-1%1",
         "partition=long",
@@ -338,16 +348,16 @@ def test_slurm_is_asked_for_what_was_given(start, slurm):
     assert "export FROM=setup" in lines
 
 
-def test_slurm_jobs_are_stopped_by_a_signal(start, slurm, tmp_path, monkeypatch):
+def test_slurm_jobs_are_stopped_by_a_signal(start, cluster, tmp_path, monkeypatch):
     # They save after Slurm says that they are over, for as long as this machine takes.
-    monkeypatch.setattr("submitit.SlurmJob._results_timeout_s", fake_experiment.FOREVER)
+    monkeypatch.setattr(slurm, "LATE", fake_experiment.FOREVER)
     tell(signal.SIGINT, *(tmp_path / "sweep" / f"end=told,seed={i}" / "ready" for i in (0, 1)))
     assert start("--launcher", "slurm", "--grid", "end=told", "--seeds", "2") == 130
     assert [row["exit_code"] for row in rows().values()] == ["143"] * 2
     assert Path("sweep/end=told,seed=0.log").read_text().endswith("saved\n")
 
 
-def test_slurm_jobs_outlive_the_sweep(start, slurm, tmp_path, monkeypatch):
+def test_slurm_jobs_outlive_the_sweep(start, cluster, tmp_path, monkeypatch):
     """A sweep that is lost while they run is started again, and waits for the same jobs."""
     ready = tmp_path / "sweep" / "end=told,seed=0" / "ready"
 
@@ -359,31 +369,66 @@ def test_slurm_jobs_outlive_the_sweep(start, slurm, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(launchers.time, "sleep", lost)
         assert start(*argv) == 2
-    (slurm / "script").unlink()
-    tell(signal.SIGINT, ready, tmp_path / "sweep" / ".slurm" / "7_1_0_result.pkl")
+    (cluster / "script").unlink()
+    tell(signal.SIGINT, ready, tmp_path / "sweep" / ".slurm" / "7_1_ended.json")
     assert start(*argv) == 130
-    assert not (slurm / "script").exists()  # nothing was submitted
+    assert not (cluster / "script").exists()  # nothing was submitted
     assert [row["exit_code"] for row in rows().values()] == ["143", "0"]
     assert [attempts(name) for name in rows()] == [1, 1]
 
 
-def test_slurm_warns_of_the_time_limit(start, slurm, tmp_path):
+def test_slurm_warns_of_the_time_limit(start, cluster, tmp_path):
     """The run saves, and the job is put back into the queue."""
     ready = tmp_path / "sweep" / "end=told,seed=0" / "ready"
 
     def warn():
         while not ready.exists():
             time.sleep(0.02)
-        for pid in (slurm / "0").read_text().split():
+        for pid in (cluster / "0").read_text().split():
             os.kill(int(pid), signal.SIGUSR2)
-        while not (slurm / "requeued").exists():
+        while not (cluster / "requeued").exists():
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=warn, daemon=True).start()
     assert start("--launcher", "slurm", "--grid", "end=told", "--seeds", "2") == 143
-    assert (slurm / "requeued").read_text() == "requeue 7_0\n"
+    assert (cluster / "requeued").read_text() == "requeue 7_0\n"
     assert Path("sweep/end=told,seed=0.log").read_text().endswith("saved\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"exit_code": 3, "seconds": 1.5}', (3, 1.5)),
+        ('{"exit_code": 3, "seconds": 1.5', "cannot be read (Expecting ',' delimiter"),
+        ('{"exit_code": true, "seconds": 1.5}', "its exit_code is no exit code"),
+        ('{"exit_code": -1, "seconds": 1.5}', "its exit_code is no exit code"),
+        ('{"exit_code": 3}', "its seconds are no seconds"),
+        ('{"exit_code": 3, "seconds": 1e999}', "its seconds are no seconds"),
+        ('{"exit_code": 3, "seconds": -1.5}', "its seconds are no seconds"),
+        ('{"exit_code": 3, "seconds": 1.5, "more": "' + "x" * 1000 + '"}', "more than 1000 bytes"),
+        ("\x80\x04]", "cannot be read"),
+    ],
+)
+def test_how_a_job_says_its_run_ended(tmp_path, content, expected):
+    utils = pytest.importorskip("submitit.core.utils")
+    paths = utils.JobPaths(tmp_path, job_id="7_1")
+    assert slurm._read_end(paths) is None
+    (tmp_path / "7_1_ended.json").write_text(content)
+    ended = slurm._read_end(paths)
+    if isinstance(expected, tuple):
+        assert ended == Ended(*expected)
+    else:
+        assert ended[:2] == (None, None) and expected in ended.note
+        assert "7_1_ended.json" in ended.note and "\n" not in ended.note
+
+
+def test_only_ids_of_jobs_are_taken_from_a_folder(tmp_path):
+    command = ["python"]
+    jobs = {"7_1": "a", "12": "b", "../7": "c", "--help": "d", "7_": "e", "": "f"}
+    entries = {name: {"job": job, "command": command} for job, name in jobs.items()}
+    (tmp_path / "jobs.json").write_text(json.dumps({**entries, "g": {"job": "7"}, "h": 7}))
+    assert list(slurm._read_jobs(tmp_path)) == ["a", "b"]
 
 
 @pytest.mark.slow
