@@ -50,6 +50,9 @@ LONGEST = (
     "test_rnn_experiments",
     "test_imagenet",
     "test_comparison_problems",
+    "test_pooling",
+    "test_mixing",
+    "test_depthwise",
 )
 
 ORACLE = Path(__file__).parent / "oracle"

@@ -94,6 +94,15 @@ def test_preferred(kernels, dtype, x64):
 
 
 @with_kernels
+def test_arrays_without_elements(kernels):
+    """A batch of no images is not for kernels; parts without rows, as cells join them, are."""
+    empty, whole = jnp.zeros((0, 3)), jnp.ones((2, 3))
+    assert calls(jax.jit(lambda *parts: join(parts)).lower(empty, whole)) == 1
+    assert calls(jax.jit(lambda x: split(x, (0, 2))).lower(whole)) == 1
+    assert calls(jax.jit(mean).lower(jnp.zeros((0, 4, 5, 2, 3)))) == 0
+
+
+@with_kernels
 @each
 def test_an_exported_program_has_no_kernels(kernels, function, images, others):
     """It must run where they are not, and it gives the same."""
