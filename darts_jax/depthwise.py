@@ -9,6 +9,7 @@ image; columns likewise.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -31,7 +32,14 @@ def depthwise(x: Array, kernel: Array, stride: int = 1, dilation: int = 1) -> Ar
 
     Returns:
       [N, H', W', K, C], H' = ceil(H / stride).
+
+    Raises:
+      TypeError: x and kernel do not fit in shape or dtype, or kernels are not square.
     """
+    if kernel.shape[1] != kernel.shape[2]:
+        raise TypeError(f"kernels {jax.typeof(kernel)} are not square")
+    if x.shape[3:] not in (kernel.shape[3:], kernel.shape[::3]) or x.dtype != kernel.dtype:
+        raise TypeError(f"kernels {jax.typeof(kernel)} do not fit images {jax.typeof(x)}")
     height, width = (-(-size // stride) for size in x.shape[1:3])
     low = dilation * (kernel.shape[1] // 2)
     return _convolve(x, kernel, _Steps(stride, 1, dilation, low, False), (height, width), True)

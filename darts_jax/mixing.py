@@ -19,8 +19,19 @@ PIXELS = (0, 1, 2)
 
 
 def mix(images: Sequence[Array], factors: Sequence[Array], bias: Array) -> Array:
-    """Sum over i of images[i] * factors[i], plus bias [K, C]: [N, H, W, K, C]."""
-    return _mix_p.bind(*images, *factors, bias)
+    """Sum over i of images[i] * factors[i], plus bias [K, C]: [N, H, W, K, C].
+
+    Raises:
+      TypeError: their shapes do not fit.
+    """
+    args = *images, *factors, bias
+    kinds, batches = (bias.shape, (1, *bias.shape[1:])), {x.shape[:3] for x in images}
+    fit = len(batches) == 1 and all(x.shape[3:] in kinds for x in images)
+    if not fit or any(f.shape != bias.shape for f in factors):
+        given = ", ".join(str(jax.typeof(x)) for x in args)
+        raise TypeError(f"images, factors and bias do not fit: {given}")
+    dtype = jnp.result_type(*args)
+    return _mix_p.bind(*(x.astype(dtype) for x in args))
 
 
 def mean(x: Array) -> Array:

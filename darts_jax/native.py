@@ -68,14 +68,14 @@ def _lowering(target: str, portable: Callable, attributes: tuple[str, ...]) -> C
     """A lowering rule for CPUs: a call of the kernel `target`, or else as the rule `portable`.
 
     A program for several devices is partitioned by XLA, which cannot look into a kernel; one that
-    is exported must run where the kernel is not. Both take the portable rule, as do arrays without
-    elements, for which there is nothing to do.
+    is exported must run where the kernel is not. Both take the portable rule, as does a batch of no
+    images, which kernels do not expect.
     """
 
     def rule(ctx, *args, **params):
         module, name = ctx.module_context, ctx.avals_in[0].dtype.name
         elsewhere = module.lowering_parameters.for_export or _is_partitioned(module.axis_context)
-        empty = any(aval.size == 0 for aval in ctx.avals_in)
+        empty = all(aval.size == 0 for aval in ctx.avals_in)
         if elsewhere or empty or not AVAILABLE or name not in _SUFFIXES:
             return portable(ctx, *args, **params)
         call = jax.ffi.ffi_lowering(f"darts_jax_{target}_{_SUFFIXES[name]}")

@@ -1,5 +1,6 @@
 """Pointwise convolutions, each edge by a matrix of its own."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -7,7 +8,13 @@ from darts_jax.bilinear import bilinear
 
 
 def pointwise(x: Array, matrices: Array) -> Array:
-    """x [..., K, C] by the matrix of each edge, [K, C, D]: [..., K, D]."""
+    """x [..., K, C] by the matrix of each edge, [K, C, D]: [..., K, D].
+
+    Raises:
+      TypeError: they do not fit in shape or dtype.
+    """
+    if x.shape[-2:] != matrices.shape[:2] or x.dtype != matrices.dtype:
+        raise TypeError(f"matrices {jax.typeof(matrices)} do not fit images {jax.typeof(x)}")
     return _apply_p.bind(x, matrices, transposed=False)
 
 

@@ -4,6 +4,7 @@ import json
 import resource
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import jax
 import meshes
 import numpy as np
 import pytest
+
+from darts_jax import native
 
 # Other devices, for what is sharded; experiments use the first one alone, but in `meshes.use`.
 jax.config.update("jax_num_cpu_devices", 4)
@@ -47,6 +50,9 @@ LONGEST = (
     "test_rnn_experiments",
     "test_imagenet",
     "test_comparison_problems",
+    "test_pooling",
+    "test_mixing",
+    "test_depthwise",
 )
 
 ORACLE = Path(__file__).parent / "oracle"
@@ -104,6 +110,43 @@ def x64() -> Iterator[None]:
     """Run the test in double precision."""
     with jax.enable_x64(True):
         yield
+
+
+def pytest_report_header() -> list[str]:
+    return [] if native.AVAILABLE else ["darts_jax_native is not installed: no test of its kernels"]
+
+
+@contextmanager
+def _in_form(form: str) -> Iterator[None]:
+    if form == "kernels":
+        if not native.AVAILABLE:
+            pytest.skip("darts_jax_native is not installed")
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        jax.clear_caches()  # or what is compiled already would be called
+        patch.setattr(native, "AVAILABLE", False)
+        if form == "lowered":
+            patch.setattr(native, "preferred", lambda dtype: dtype in (np.float32, np.float64))
+        yield
+        jax.clear_caches()
+
+
+@pytest.fixture(scope="module", params=["kernels", "portable"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the tests with kernels for CPUs, and again as where they are not installed."""
+    with _in_form(request.param):
+        yield request.param
+
+
+@pytest.fixture(scope="module", params=["kernels", "lowered", "portable"])
+def forms(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As `kernels`, and as in a program that is exported: of the same primitives, without kernels.
+
+    For functions that are other operations where no kernels are installed.
+    """
+    with _in_form(request.param):
+        yield request.param
 
 
 @pytest.fixture

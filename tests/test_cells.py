@@ -13,7 +13,7 @@ from darts_jax.cells import Group
 from darts_jax.genotype import CNN_PRIMITIVES
 from darts_jax.operations import OPERATIONS, Moments, moments, normalize, unbiased
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("kernels", "x64")
 
 RTOL = 1e-9
 COLUMNS = {name: CNN_PRIMITIVES.index(name) for name in OPERATIONS}

@@ -15,7 +15,7 @@ from darts_jax import hypergradient, relaxation, search
 from darts_jax.genotype import CNN_PRIMITIVES
 from darts_jax.networks import Supernet
 
-pytestmark = pytest.mark.usefixtures("optimized", "x64")
+pytestmark = pytest.mark.usefixtures("kernels", "optimized", "x64")
 
 LAYERS = 5
 RTOL = 1e-9
@@ -56,7 +56,7 @@ def problem(recorded, unpack):
 
 
 @pytest.fixture(scope="module")
-def passes(problem):
+def passes(problem, kernels):
     """Value and gradients of the loss on the training and on the validation batch."""
     with jax.enable_x64(True):
         differentiate = hypergradient.value_and_grad(problem["loss"], True)

@@ -19,13 +19,11 @@ from darts_jax.operations import (
     factorized_reduce,
     moments,
     normalize,
-    relu,
     unbiased,
     update_running,
 )
-from darts_jax.pooling import first_max
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("kernels", "x64")
 
 RTOL = 1e-9
 TABLE = list(itertools.product(OPERATIONS, (1, 2)))
@@ -394,19 +392,6 @@ def test_factorized_reduce_takes_even_then_odd_pixels():
     assert y.shape == (1, 2, 2, 1, 3)
     np.testing.assert_array_equal(y[0, :, :, 0, 0], [[1, 3], [9, 11]])
     np.testing.assert_array_equal(y[0, :, :, 0, 1], [[12, 16], [28, 32]])
-
-
-def test_relu():
-    x = jnp.array([-1.0, 0.0, 2.0, jnp.nan])
-    np.testing.assert_array_equal(relu(x), [0, 0, 2, jnp.nan])
-    np.testing.assert_array_equal(jax.vmap(jax.grad(relu))(x[:3]), [0, 0, 1])
-
-
-def test_first_max():
-    a, b = jnp.array([1.0, 2.0, 3.0]), jnp.array([2.0, 2.0, 1.0])
-    y, pullback = jax.vjp(first_max, a, b)
-    np.testing.assert_array_equal(y, [2, 2, 3])
-    np.testing.assert_array_equal(pullback(jnp.ones(3)), [[0, 1, 1], [1, 0, 0]])
 
 
 def test_moments():
