@@ -324,7 +324,7 @@ def test_drop_path_draws_anew_for_each_cell_edge_and_sample():
     images = jnp.tile(images, (10, 1, 1, 1))
     seen = []
 
-    def record(kernels, affine, running, inputs, cell, operations, keep):
+    def record(kernels, affine, running, inputs, cell, operations, keep, key):
         seen.append(keep)
         count, height, width, _ = inputs[1].shape
         stride, channels = 2 if cell.reduction else 1, cell.channels * len(cell.concat)

@@ -268,7 +268,7 @@ def test_moments_against_numpy():
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("ratio", [1e2, 1e4])
+@pytest.mark.parametrize("ratio", [1e2, 1e4, 1e5])
 def test_small_deviation_from_a_large_mean(ratio, batch):
     """In float32, where the mean of the squares less the square of the mean would be noise."""
     rng = np.random.default_rng(0)
@@ -277,7 +277,7 @@ def test_small_deviation_from_a_large_mean(ratio, batch):
     assert found.dtype == variance.dtype == jnp.float32
     exact = np.asarray(x, np.float64).reshape(-1, 3)
     np.testing.assert_allclose(found, exact.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(variance, exact.var(0), rtol=1e-3)
+    np.testing.assert_allclose(variance, exact.var(0), rtol=1e-4)
     squares = jnp.square(x).mean(PIXELS) - jnp.square(found)
     assert ratio < 1e3 or np.abs(squares / exact.var(0) - 1).max() > 1e-3
 

@@ -53,9 +53,14 @@ INLINE void add_repeated(const T* __restrict a, const T* __restrict b, int64_t p
 template <typename T>
 INLINE void add_centered(const T* a, const T* b, const T* __restrict mean_a,
                          const T* __restrict mean_b, int64_t pixels, int64_t channels,
-                         T* __restrict sums) {
+                         T* __restrict sums_a, T* __restrict sums_b, T* __restrict sums) {
   for (int64_t p = 0; p < pixels; ++p, a += channels, b += channels)
-    for (int64_t c = 0; c < channels; ++c) sums[c] += (a[c] - mean_a[c]) * (b[c] - mean_b[c]);
+    for (int64_t c = 0; c < channels; ++c) {
+      const T from_a = a[c] - mean_a[c], from_b = b[c] - mean_b[c];
+      sums_a[c] += from_a;
+      sums_b[c] += from_b;
+      sums[c] += from_a * from_b;
+    }
 }
 
 CLONES void sum_piece(const float* a, int64_t pixels, int64_t channels, float* sums) {
@@ -80,12 +85,12 @@ CLONES void dot_piece(const double* a, const double* b, int64_t pixels, int64_t 
   add_dot(a, b, pixels, few, channels, sums);
 }
 CLONES void centered_piece(const float* a, const float* b, const float* mean_a, const float* mean_b,
-                           int64_t pixels, int64_t channels, float* sums) {
-  add_centered(a, b, mean_a, mean_b, pixels, channels, sums);
+                           int64_t pixels, int64_t channels, float* sums_a, float* sums_b, float* sums) {
+  add_centered(a, b, mean_a, mean_b, pixels, channels, sums_a, sums_b, sums);
 }
-CLONES void centered_piece(const double* a, const double* b, const double* mean_a,
-                           const double* mean_b, int64_t pixels, int64_t channels, double* sums) {
-  add_centered(a, b, mean_a, mean_b, pixels, channels, sums);
+CLONES void centered_piece(const double* a, const double* b, const double* mean_a, const double* mean_b,
+                           int64_t pixels, int64_t channels, double* sums_a, double* sums_b, double* sums) {
+  add_centered(a, b, mean_a, mean_b, pixels, channels, sums_a, sums_b, sums);
 }
 
 template <typename T>
@@ -145,7 +150,16 @@ ffi::Error Moments(ffi::ThreadPool pool, ffi::Buffer<type> a, ffi::Buffer<type> 
       sum_piece(y + first, s.count(i), s.channels, my);
       for (int64_t c = 0; c < s.channels; ++c) my[c] *= factor;
     }
-    centered_piece(x + first, y + first, mx, my, s.count(i), s.channels, sums.data() + own);
+    std::vector<T> left_x(s.channels), left_y(s.channels);
+    T* sum = sums.data() + own;
+    centered_piece(x + first, y + first, mx, my, s.count(i), s.channels, left_x.data(),
+                   left_y.data(), sum);
+    // What rounding left of the means, which counts where they are large beside the deviations.
+    for (int64_t c = 0; c < s.channels; ++c) {
+      sum[c] -= left_x[c] * left_y[c] * factor;
+      mx[c] += left_x[c] * factor;
+      my[c] += left_y[c] * factor;
+    }
   });
   T* whole_y = mean->typed_data();
   std::vector<T> whole_x(s.channels);
