@@ -268,7 +268,7 @@ def test_moments_against_numpy():
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("ratio", [1e2, 1e4, 1e5])
+@pytest.mark.parametrize("ratio", [1e2, 1e4])
 def test_small_deviation_from_a_large_mean(ratio, batch):
     """In float32, where the mean of the squares less the square of the mean would be noise."""
     rng = np.random.default_rng(0)
