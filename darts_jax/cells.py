@@ -5,8 +5,9 @@ before, state j > 1 is an intermediate node: the sum over its incoming edges i <
 operation sum_o weights[edge, o] * o(state i), equations (1) and (2) of DARTS (arXiv 1806.09055).
 The cell's output is the concatenation of its nodes.
 
-Parameters, running statistics and work are grouped by source state: the K edges that leave a state
-share their input, so each operation runs once for all of them.
+Parameters, running statistics and work are grouped: the K edges that leave a state share their
+input, so each operation runs once for all of them. Where edges have different candidates, a group
+is of those that leave one state and have the same: what an edge does not have is not made.
 
 With partial channels, of PC-DARTS (arXiv 1907.05737), operations work on some of the channels, and
 the others pass by them.
@@ -35,46 +36,70 @@ from darts_jax.operations import (
 
 PyTree = Any
 Operations = Mapping[str, Operation]
+Candidates = Sequence[Sequence[str]]  # of each edge, in the order of alpha
 
 
-class Source(NamedTuple):
-    """What leaves one state: its edges' rows in alpha, their destinations, and their stride."""
+class Group(NamedTuple):
+    """Edges that leave one state and have the same candidates.
 
+    Attributes:
+      state: which they leave.
+      edges: their rows in alpha.
+      destinations: of each.
+      stride: of all.
+      operations: their candidates by name.
+    """
+
+    state: int
     edges: tuple[int, ...]
     destinations: tuple[int, ...]
     stride: int
+    operations: Operations
 
 
-def sources(num_edges: int, reduction: bool) -> tuple[Source, ...]:
-    """The states of a cell that edges leave, in order.
+def groups(
+    num_edges: int, reduction: bool, operations: Operations, candidates: Candidates | None = None
+) -> tuple[Group, ...]:
+    """The groups of a cell's edges, by state, then by their first destination.
 
     Args:
       num_edges: rows of alpha: 2 for one node, 5 for two, 9, 14, ...
       reduction: whether the edges that leave the two inputs have stride 2.
+      operations: by name.
+      candidates: of each edge, names, such as "none", that operations lack left out; by default,
+        every edge has all operations.
     """
     num_nodes = genotype.count_nodes(num_edges)
     table = genotype.edges(num_nodes)
-    groups = []
-    for state in range(num_nodes + 1):
-        rows = tuple(e for e, (source, _) in enumerate(table) if source == state)
-        destinations = tuple(table[e][1] for e in rows)
-        groups.append(Source(rows, destinations, 2 if reduction and state < 2 else 1))
-    return tuple(groups)
+    held: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+    for edge, (state, _) in sorted(enumerate(table), key=lambda row: row[1]):
+        own = operations if candidates is None else candidates[edge]
+        held.setdefault((state, tuple(n for n in operations if n in own)), []).append(edge)
+    return tuple(
+        Group(
+            state,
+            tuple(rows),
+            tuple(table[edge][1] for edge in rows),
+            2 if reduction and state < 2 else 1,
+            {name: operations[name] for name in names},
+        )
+        for (state, names), rows in held.items()
+    )
 
 
-def shapes(channels: int, num_edges: int, reduction: bool, operations: Operations) -> PyTree:
+def shapes(channels: int, groups: Sequence[Group]) -> PyTree:
     """Shapes of a cell's parameters: operation -> parameter -> (edges, ...).
 
-    The edges are ordered by source, then by destination, unlike in alpha: so the edges that leave
-    a state are neighbours. A parameter that only edges of one stride have is stacked over those.
+    The edges are ordered by group, unlike in alpha: so those of a group are neighbours. A parameter
+    is stacked over the edges that have it: whose candidate it is of, and that are of its stride.
     """
     tree: dict[str, dict[str, tuple[int, ...]]] = {}
-    for source in sources(num_edges, reduction):
-        for name, operation in operations.items():
-            for leaf, shape in operation.shapes(channels, source.stride).items():
+    for group in groups:
+        for name, operation in group.operations.items():
+            for leaf, shape in operation.shapes(channels, group.stride).items():
                 leaves = tree.setdefault(name, {})
                 (count, *_) = leaves.get(leaf, (0,))
-                leaves[leaf] = (count + len(source.edges), *shape)
+                leaves[leaf] = (count + len(group.edges), *shape)
     return tree
 
 
@@ -84,19 +109,13 @@ def norms(operations: Operations, stride: int) -> tuple[tuple[str, str], ...]:
     return *inner, *((name, "norm") for name, op in operations.items() if op.normalized(stride))
 
 
-def running_statistics(
-    channels: int, num_edges: int, reduction: bool, operations: Operations
-) -> Moments:
+def running_statistics(channels: int, groups: Sequence[Group]) -> Moments:
     """Initial running statistics of a cell: mean 0 and variance 1.
 
     Returns:
-      Moments of [norms, C], one row for each source, batch norm of `norms` and edge, in this
-      order.
+      Moments of [norms, C], one row for each group, batch norm of `norms` and edge, in this order.
     """
-    rows = sum(
-        len(norms(operations, source.stride)) * len(source.edges)
-        for source in sources(num_edges, reduction)
-    )
+    rows = sum(len(norms(group.operations, group.stride)) * len(group.edges) for group in groups)
     return Moments(jnp.zeros((rows, channels)), jnp.ones((rows, channels)))
 
 
@@ -106,8 +125,7 @@ def relaxed(
     inputs: tuple[Array, Array],
     weights: Array,
     *,
-    reduction: bool,
-    operations: Operations,
+    groups: Sequence[Group],
     columns: Mapping[str, int],
     partial: int = 1,
     edge_weights: Array | None = None,
@@ -120,8 +138,8 @@ def relaxed(
         normalise by the batch.
       inputs: states 0 and 1, each [N, H, W, C].
       weights: mixing weights [edges, candidates], rows ordered by destination, then by source.
-      reduction: whether the cell halves height and width.
-      operations: the candidates by name.
+        Those of what an edge does not have are not read.
+      groups: the cell's edges, as `groups` gives them.
       columns: each candidate's column in weights.
       partial: one of so many channels goes through the operations.
       edge_weights: [edges], factors of what they pass on; all 1 by default.
@@ -129,36 +147,33 @@ def relaxed(
     Returns:
       [N, H', W', nodes * C], and, if running is None, the batch's unbiased moments like it.
     """
-    groups = sources(weights.shape[0], reduction)
-    kernels = {name: operations[name].prepare(leaves) for name, leaves in params.items()}
-    parts = split_rows(kernels, [len(source.edges) for source in groups])
-    running_parts = iter(() if running is None else _split_rows(running, operations, groups))
-    order = np.array([edge for source in groups for edge in source.edges])
-    by_source = weights[order[:, None], np.array([columns[name] for name in operations])]
-    rows = lax.split(by_source, [len(source.edges) for source in groups], axis=0)
+    parts = _parameters(params, groups)
+    running_parts = iter(() if running is None else _split_rows(running, groups))
+    mixes = _mixing(weights, groups, columns)
     states, nodes = list(inputs), {}
     share = inputs[0].shape[-1] // partial
     nothing = jnp.zeros((0, share), inputs[0].dtype)
     gathered = [Moments(nothing, nothing)]
-    for i, (source, source_weights, part) in enumerate(zip(groups, rows, parts, strict=True)):
-        if i >= 2:
-            states.append(nodes[i][..., 0, :])
+    for group, mix, part in zip(groups, mixes, parts, strict=True):
+        if group.state == len(states):
+            states.append(nodes[group.state][..., 0, :])
+        x = states[group.state]
         mixed, batch = mixed_operation(
             part,
             None if running is None else next(running_parts),
-            states[i] if partial == 1 else states[i][..., :share],
-            source_weights,
-            stride=source.stride,
-            operations=operations,
+            x if partial == 1 else x[..., :share],
+            mix,
+            stride=group.stride,
+            operations=group.operations,
         )
         gathered += batch
         if partial > 1:
-            mixed = beside_bypass(mixed, states[i][..., share:], source.stride)
+            mixed = beside_bypass(mixed, x[..., share:], group.stride)
         if edge_weights is not None:
-            mixed = mixed * edge_weights[np.array(source.edges), None]
+            mixed = mixed * edge_weights[np.array(group.edges), None]
         # Split rather than slice: its gradient is one concatenation, not a sum of padded slices.
-        arrivals = lax.split(mixed, [1] * len(source.edges), axis=3)
-        for node, arriving in zip(source.destinations, arrivals, strict=True):
+        arrivals = lax.split(mixed, [1] * len(group.edges), axis=3)
+        for node, arriving in zip(group.destinations, arrivals, strict=True):
             nodes[node] = nodes[node] + arriving if node in nodes else arriving
     output = lax.concatenate([nodes[j] for j in sorted(nodes)], 4)[..., 0, :]
     if running is not None:
@@ -205,11 +220,34 @@ def split_rows(tree: PyTree, sizes: Sequence[int]) -> list[PyTree]:
     return parts
 
 
-def _split_rows(
-    running: Moments, operations: Operations, groups: tuple[Source, ...]
-) -> list[dict[tuple[str, str], Moments]]:
-    """Running statistics [K, C] of each source's batch norms: a list over sources."""
-    keys = [(i, key) for i, group in enumerate(groups) for key in norms(operations, group.stride)]
+def _parameters(params: PyTree, groups: Sequence[Group]) -> list[PyTree]:
+    """Prepared parameters of each group: operation -> kernel -> [K, ...]."""
+    parts: list[dict[str, PyTree]] = [{} for _ in groups]
+    operations = {name: op for group in groups for name, op in group.operations.items()}
+    for name, leaves in params.items():
+        own = [i for i, group in enumerate(groups) if name in group.operations]
+        pieces = split_rows(operations[name].prepare(leaves), [len(groups[i].edges) for i in own])
+        for i, piece in zip(own, pieces, strict=True):
+            parts[i][name] = piece
+    return parts
+
+
+def _mixing(weights: Array, groups: Sequence[Group], columns: Mapping[str, int]) -> list[Array]:
+    """The mixing weights of each group, [K, operations]."""
+    pairs = [
+        np.array([(edge, columns[name]) for edge in group.edges for name in group.operations])
+        for group in groups
+    ]
+    rows, places = np.concatenate(pairs).T
+    flat = lax.split(weights[rows, places], [len(own) for own in pairs])
+    return [part.reshape(len(g.edges), -1) for part, g in zip(flat, groups, strict=True)]
+
+
+def _split_rows(running: Moments, groups: Sequence[Group]) -> list[dict[tuple[str, str], Moments]]:
+    """Running statistics [K, C] of each group's batch norms: a list over groups."""
+    keys = [
+        (i, key) for i, group in enumerate(groups) for key in norms(group.operations, group.stride)
+    ]
     sizes = [len(groups[i].edges) for i, _ in keys]
     pieces = zip(*(lax.split(moment, sizes) for moment in running), strict=True)
     parts: list[dict[tuple[str, str], Moments]] = [{} for _ in groups]
@@ -227,7 +265,7 @@ def mixed_operation(
     stride: int,
     operations: Operations,
 ) -> tuple[Array, list[Moments]]:
-    """Equation (2) on the K edges that leave one state: sum_o weights[:, o] * o(x).
+    """Equation (2) on the K edges of a group: sum_o weights[:, o] * o(x).
 
     The last batch norm of each operation has neither scale nor shift, so it is folded into the
     weight: w (y - mean) / std = (w / std) y - (w / std) mean. The sum is then one pass over the

@@ -141,6 +141,7 @@ class RelaxedCell(nn.Module):
       operations: candidates by name.
       primitives: the columns of the mixing weights.
       partial: one of so many channels goes through the operations.
+      candidates: of each edge; None for all of them.
     """
 
     channels: int
@@ -149,6 +150,7 @@ class RelaxedCell(nn.Module):
     operations: FrozenDict[str, Operation]
     primitives: tuple[str, ...]
     partial: int = 1
+    candidates: tuple[tuple[str, ...], ...] | None = None
 
     @nn.compact
     def __call__(
@@ -164,9 +166,9 @@ class RelaxedCell(nn.Module):
         older = older_module(self.channels, name="preprocess_0")(older, train)
         newer = ReluConvNorm(self.channels, name="preprocess_1")(newer, train)
         share = self.channels // self.partial
-        layout = (share, weights.shape[0], self.reduction, self.operations)
-        params = self.param("edges", uniform_fan_in, cells.shapes(*layout), 1)
-        stats = self.variable("batch_stats", "edges", cells.running_statistics, *layout)
+        groups = cells.groups(weights.shape[0], self.reduction, self.operations, self.candidates)
+        params = self.param("edges", uniform_fan_in, cells.shapes(share, groups), 1)
+        stats = self.variable("batch_stats", "edges", cells.running_statistics, share, groups)
         if self.is_initializing():  # eagerly, the cell would take a minute to compile
             stride = 2 if self.reduction else 1
             count, height, width, _ = newer.shape
@@ -177,8 +179,7 @@ class RelaxedCell(nn.Module):
             None if train else stats.value,
             (older, newer),
             weights,
-            reduction=self.reduction,
-            operations=self.operations,
+            groups=groups,
             columns={name: self.primitives.index(name) for name in self.operations},
             partial=self.partial,
             edge_weights=edge_weights,
@@ -206,6 +207,8 @@ class Supernet(nn.Module):
         is what a loss does (`search.make_loss`), since a network sees one of them.
       partial: one of so many channels goes through the operations, as in PC-DARTS; a divisor of
         channels.
+      candidates: {"normal", "reduce"}: of each edge, its operations, where they differ; others have
+        no parameters there, and no work, whatever their mixing weights. None for all on every edge.
     """
 
     channels: int
@@ -216,6 +219,7 @@ class Supernet(nn.Module):
     primitives: tuple[str, ...] = CNN_PRIMITIVES
     batch_norm_groups: int = 1
     partial: int = 1
+    candidates: FrozenDict[str, tuple[tuple[str, ...], ...]] | None = None
 
     @property
     def weight_shapes(self) -> dict[str, tuple[int, int]]:
@@ -238,8 +242,8 @@ class Supernet(nn.Module):
 
         Raises:
           ValueError: for fewer than 3 layers, an image size that does not halve twice, an operation
-            that is not both in operations and in primitives, weights of another shape, or channels
-            that are not a multiple of partial.
+            that is not both in operations and in primitives, weights of another shape, channels
+            that are not a multiple of partial, or candidates that do not fit.
         """
         self._check(x.shape, weights)
         channels = self.channels
@@ -248,6 +252,7 @@ class Supernet(nn.Module):
         before = False
         for i in range(self.layers):
             reduction = i in reductions(self.layers)
+            kind = "reduce" if reduction else "normal"
             channels *= 2 if reduction else 1
             cell = RelaxedCell(
                 channels,
@@ -256,9 +261,9 @@ class Supernet(nn.Module):
                 self.operations,
                 self.primitives,
                 self.partial,
+                None if self.candidates is None else self.candidates[kind],
                 name=f"cell_{i}",
             )
-            kind = "reduce" if reduction else "normal"
             of_edges = weights.get(kind + EDGES)
             older, newer = newer, cell(older, newer, weights[kind], train, of_edges)
             before = reduction
@@ -287,4 +292,25 @@ class Supernet(nn.Module):
                 raise ValueError(
                     f"weights[{name!r}] has shape {list(weights[name].shape)}; a network of"
                     f" {self.nodes} nodes needs [{needed[0]} edges, {needed[1]} candidates]"
+                )
+            if self.candidates is not None:
+                self._check_candidates(name)
+
+    def _check_candidates(self, kind: str) -> None:
+        held = self.candidates[kind]
+        if len(held) != len(edges(self.nodes)):
+            raise ValueError(
+                f"candidates[{kind!r}] are of {len(held)} edges; a cell of {self.nodes} nodes has"
+                f" {len(edges(self.nodes))}"
+            )
+        for edge, names in enumerate(held):
+            for name in names:
+                if name not in self.primitives:
+                    raise ValueError(
+                        f"candidates[{kind!r}] of edge {edge} name {name!r}, which is not in"
+                        f" primitives; nearest names: {nearest(name, self.primitives)}"
+                    )
+            if not set(names) & set(self.operations):
+                raise ValueError(
+                    f"candidates[{kind!r}] of edge {edge} are {list(names)}; give it an operation"
                 )

@@ -62,7 +62,7 @@ def params(w, layers):
         "head_bias": w["classifier.bias"],
     }
     for c in range(layers):
-        groups = cells.sources(NUM_EDGES, is_reduction(c, layers))
+        groups = cells.groups(NUM_EDGES, is_reduction(c, layers), OPERATIONS)
         edges = {}
         for name, leaves in PARAMETERS.items():
             column = CNN_PRIMITIVES.index(name)
@@ -104,7 +104,7 @@ def batch_stats(buffers, layers):
             moments(
                 f"cells.{c}._ops.{e}._ops.{CNN_PRIMITIVES.index(key[0])}.{NORMS[key]}", channels
             )
-            for group in cells.sources(NUM_EDGES, reduction)
+            for group in cells.groups(NUM_EDGES, reduction, OPERATIONS)
             for key in cells.norms(OPERATIONS, group.stride)
             for e in group.edges
         ]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from darts_jax import cells, genotype
-from darts_jax.cells import Source
+from darts_jax.cells import Group
 from darts_jax.genotype import CNN_PRIMITIVES
 from darts_jax.operations import OPERATIONS, Moments, moments, normalize, unbiased
 
@@ -118,23 +118,37 @@ def test_mixed_operation_by_running_statistics(recorded, stride):
 
 
 @pytest.mark.parametrize("reduction", [False, True])
-def test_sources_of_two_nodes(reduction):
+def test_groups_of_two_nodes(reduction):
     outer = 2 if reduction else 1
-    assert cells.sources(5, reduction) == (
-        Source((0, 2), (2, 3), outer),
-        Source((1, 3), (2, 3), outer),
-        Source((4,), (3,), 1),
+    assert cells.groups(5, reduction, OPERATIONS) == (
+        Group(0, (0, 2), (2, 3), outer, OPERATIONS),
+        Group(1, (1, 3), (2, 3), outer, OPERATIONS),
+        Group(2, (4,), (3,), 1, OPERATIONS),
+    )
+
+
+def test_groups_of_different_candidates():
+    """In the order of the operations' names, whatever theirs; "none" makes no difference."""
+    skip, pool = ("skip_connect", "none"), ("max_pool_3x3", "skip_connect")
+    candidates = (pool, skip, pool[::-1], pool, skip[:1])
+    small = {"skip_connect": OPERATIONS["skip_connect"]}
+    both = {"max_pool_3x3": OPERATIONS["max_pool_3x3"], **small}
+    assert cells.groups(5, False, OPERATIONS, candidates) == (
+        Group(0, (0, 2), (2, 3), 1, both),
+        Group(1, (1,), (2,), 1, small),
+        Group(1, (3,), (3,), 1, both),
+        Group(2, (4,), (3,), 1, small),
     )
 
 
 @pytest.mark.parametrize("num_edges", [2, 5, 9, 14, 20])
-def test_sources_cover_alpha(num_edges):
+def test_groups_cover_alpha(num_edges):
     """Every row of alpha once: they go by destination, then by source, as recorded."""
     expected = [(i, j) for j in range(2, 8) for i in range(j)][:num_edges]
     found = [
-        (edge, (state, node))
-        for state, source in enumerate(cells.sources(num_edges, False))
-        for edge, node in zip(source.edges, source.destinations, strict=True)
+        (edge, (group.state, node))
+        for group in cells.groups(num_edges, False, OPERATIONS)
+        for edge, node in zip(group.edges, group.destinations, strict=True)
     ]
     assert sorted(found) == list(enumerate(expected))
     assert [pair for _, pair in found] == sorted(expected)  # as parameters are stacked
@@ -142,11 +156,13 @@ def test_sources_cover_alpha(num_edges):
 
 def test_refuses_a_number_of_edges_that_no_cell_has():
     with pytest.raises(ValueError, match="6 edges"):
-        cells.sources(6, False)
+        cells.groups(6, False, OPERATIONS)
 
 
 def test_shapes():
-    normal, reduction = (cells.shapes(4, 5, strided, OPERATIONS) for strided in (False, True))
+    normal, reduction = (
+        cells.shapes(4, cells.groups(5, strided, OPERATIONS)) for strided in (False, True)
+    )
     assert "skip_connect" not in normal
     assert reduction.pop("skip_connect") == {"conv_1": (4, 4, 2), "conv_2": (4, 4, 2)}
     assert normal == reduction
@@ -162,7 +178,7 @@ def test_shapes():
 
 @pytest.mark.parametrize(("reduction", "rows"), [(False, 5 * 8), (True, 4 * 9 + 8)])
 def test_running_statistics(reduction, rows):
-    stats = cells.running_statistics(3, 5, reduction, OPERATIONS)
+    stats = cells.running_statistics(3, cells.groups(5, reduction, OPERATIONS))
     assert stats.mean.shape == stats.var.shape == (rows, 3)
     assert not stats.mean.any() and (stats.var == 1).all()
 
@@ -252,21 +268,20 @@ def one_hot(kept):
 
 
 def draw_cell(reduction, num_edges=NUM_EDGES):
-    shapes = cells.shapes(CHANNELS, num_edges, reduction, OPERATIONS)
+    shapes = cells.shapes(CHANNELS, cells.groups(num_edges, reduction, OPERATIONS))
     leaves, treedef = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
     params = treedef.unflatten([draw(i, shape) for i, shape in enumerate(leaves)])
     inputs = tuple(draw(100 + i, (2, SIZE, SIZE, CHANNELS)) for i in range(2))
     return params, inputs
 
 
-def relaxed(params, running, inputs, weights, reduction):
+def relaxed(params, running, inputs, weights, reduction, candidates=None):
     return cells.relaxed(
         params,
         running,
         inputs,
         weights,
-        reduction=reduction,
-        operations=OPERATIONS,
+        groups=cells.groups(len(weights), reduction, OPERATIONS, candidates),
         columns=COLUMNS,
     )
 
@@ -303,7 +318,8 @@ def test_one_hot_weights_make_the_discrete_cell(reduction):
 def test_one_hot_weights_by_running_statistics(reduction):
     kept = KEPT[reduction]
     params, inputs = draw_cell(reduction)
-    shape = cells.running_statistics(CHANNELS, NUM_EDGES, reduction, OPERATIONS).mean.shape
+    groups = cells.groups(NUM_EDGES, reduction, OPERATIONS)
+    shape = cells.running_statistics(CHANNELS, groups).mean.shape
     running = Moments(draw(300, shape), 0.5 + draw(301, shape) ** 2)
     y, none = jax.jit(lambda: relaxed(params, running, inputs, one_hot(kept), reduction))()
     assert none is None
@@ -339,8 +355,85 @@ def test_cell_of_two_nodes_is_the_sum_of_its_mixed_operations(reduction):
     size = SIZE // 2 if reduction else SIZE
     assert y.shape == (2, size, size, 2 * CHANNELS)
     close(y, jax.jit(plain)())
-    fresh = cells.running_statistics(CHANNELS, 5, reduction, OPERATIONS)
+    fresh = cells.running_statistics(CHANNELS, cells.groups(5, reduction, OPERATIONS))
     assert jax.tree.map(jnp.shape, batch) == jax.tree.map(jnp.shape, fresh)
+
+
+# Of each edge, in the order of alpha.
+CANDIDATES = (
+    ("none", "skip_connect", "dil_conv_3x3"),
+    ("max_pool_3x3", "sep_conv_3x3"),
+    ("skip_connect", "dil_conv_3x3"),  # as the first edge
+    ("sep_conv_5x5",),
+    ("skip_connect",),
+)
+
+
+@pytest.mark.parametrize("reduction", [False, True], ids=["normal", "reduction"])
+def test_edges_of_different_candidates(reduction):
+    """The cell of all operations on every edge, but the weights that count for nothing are zero."""
+    everything, inputs = draw_cell(reduction, num_edges=5)
+    has = np.array([[name in own for name in CNN_PRIMITIVES] for own in CANDIDATES])
+    weights = draw(400, has.shape)
+    groups = cells.groups(5, reduction, OPERATIONS, CANDIDATES)
+    all_groups = cells.groups(5, reduction, OPERATIONS)
+
+    def rows(groups, name, leaf):
+        """Edges by row of a parameter."""
+        held = [
+            group
+            for group in groups
+            if name in group.operations and leaf in OPERATIONS[name].shapes(CHANNELS, group.stride)
+        ]
+        return [edge for group in held for edge in group.edges]
+
+    shapes = cells.shapes(CHANNELS, groups)
+    params = {
+        name: {
+            leaf: everything[name][leaf][
+                np.array([rows(all_groups, name, leaf).index(e) for e in rows(groups, name, leaf)])
+            ]
+            for leaf in leaves
+        }
+        for name, leaves in shapes.items()
+    }
+    assert jax.tree.map(jnp.shape, params) == shapes
+    assert shapes["sep_conv_5x5"]["pointwise_1"][0] == 1
+
+    def differentiate(params, candidates, weights):
+        def loss(params, weights, inputs):
+            y, batch = relaxed(params, None, inputs, weights, reduction, candidates)
+            return jnp.sin(y).sum(), (y, batch)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(params, weights, inputs)
+
+    (_, (y, batch)), own = differentiate(params, CANDIDATES, weights)
+    (_, (expected, all_rows)), full = differentiate(everything, None, jnp.where(has, weights, 0))
+    close(y, expected)
+    close(own[1], jnp.where(has, full[1], 0).at[:, 0].set(0))
+    close(own[2], full[2])
+    for name, leaves in own[0].items():
+        for leaf, gradient in leaves.items():
+            at = np.array([rows(all_groups, name, leaf).index(e) for e in rows(groups, name, leaf)])
+            close(gradient, full[0][name][leaf][at])
+
+    def moment_rows(groups):
+        return [
+            (edge, key)
+            for group in groups
+            for key in cells.norms(group.operations, group.stride)
+            for edge in group.edges
+        ]
+
+    at = np.array([moment_rows(all_groups).index(row) for row in moment_rows(groups)])
+    close(batch, jax.tree.map(lambda m: m[at], all_rows))
+    fresh = cells.running_statistics(CHANNELS, groups)
+    assert jax.tree.map(jnp.shape, batch) == jax.tree.map(jnp.shape, fresh)
+    by_running, _ = jax.jit(
+        lambda: relaxed(params, batch, inputs, weights, reduction, CANDIDATES)
+    )()
+    again, _ = jax.jit(lambda: relaxed(everything, all_rows, inputs, weights * has, reduction))()
+    close(by_running, again)
 
 
 def test_a_table_without_parameters():
@@ -353,8 +446,7 @@ def test_a_table_without_parameters():
         None,
         inputs,
         weights,
-        reduction=False,
-        operations=operations,
+        groups=cells.groups(2, False, operations),
         columns={"max_pool_3x3": 0, "skip_connect": 2},
     )
     expected = 0

@@ -70,7 +70,8 @@ def from_relaxed(params, cell):
 def test_is_the_relaxed_cell_with_one_hot_weights(reduction, reduction_before):
     cell = cell_of(reduction, reduction_before)
     own = draw_tree(0, discrete.shapes(cell, OPERATIONS))
-    params = draw_tree(50, cells.shapes(CHANNELS, NUM_EDGES, reduction, OPERATIONS))
+    groups = cells.groups(NUM_EDGES, reduction, OPERATIONS)
+    params = draw_tree(50, cells.shapes(CHANNELS, groups))
     kernels = {name: own[name] for name in discrete.PREPROCESS} | from_relaxed(params, cell)
     assert jax.tree.map(jnp.shape, kernels) == jax.tree.map(jnp.shape, own)
     affine = unit(discrete.norm_shapes(cell, OPERATIONS))
@@ -95,8 +96,7 @@ def test_is_the_relaxed_cell_with_one_hot_weights(reduction, reduction_before):
             None,
             (batch_norm(older, None)[0], batch_norm(newer, None)[0]),
             jnp.eye(len(CNN_PRIMITIVES))[np.array(columns)],
-            reduction=reduction,
-            operations=OPERATIONS,
+            groups=groups,
             columns={name: CNN_PRIMITIVES.index(name) for name in OPERATIONS},
         )
     )()

@@ -8,6 +8,7 @@ import layout
 import numpy as np
 import optax
 import pytest
+from flax.core import FrozenDict
 from jax.flatten_util import ravel_pytree
 
 from darts_jax import hypergradient, relaxation, search
@@ -297,6 +298,26 @@ def test_refuses_weights_of_another_shape(nodes, shape, message):
             jax.random.key(0), jnp.zeros((1, 8, 8, 1)), weights, train=True
         )
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ((("skip_connect",),) * 2, r"\['reduce'\] are of 2 edges; a cell of 2 nodes has 5"),
+        ((("skip_conect",),) * 5, r"\['reduce'\] of edge 0 name 'skip_conect'.*: skip_connect"),
+        (
+            (*(("skip_connect",),) * 4, ("none",)),
+            r"\['reduce'\] of edge 4 are \['none'\]; give it an operation",
+        ),
+    ],
+)
+def test_refuses_candidates_that_do_not_fit(held, message):
+    weights = {name: jnp.zeros((5, 8)) for name in ("normal", "reduce")}
+    candidates = FrozenDict(normal=(("skip_connect",),) * 5, reduce=held)
+    with pytest.raises(ValueError, match=message):
+        Supernet(2, 3, 10, 2, candidates=candidates).init(
+            jax.random.key(0), jnp.zeros((1, 8, 8, 1)), weights, train=True
+        )
 
 
 def test_reduction_weights_of_another_shape():

@@ -41,8 +41,7 @@ def cell(inputs, weights, reduction, **options):
             None,
             inputs,
             weights,
-            reduction=reduction,
-            operations=TABLE,
+            groups=cells.groups(EDGES, reduction, TABLE),
             columns=COLUMNS,
             **options,
         )

@@ -1,11 +1,14 @@
 """Search spaces through their one interface."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from darts_jax import genotype, spaces
+from darts_jax import genotype, networks, spaces
+from darts_jax.evaluation import count_parameters
 from darts_jax.operations import DISCRETE_OPERATIONS
 from darts_jax.spaces import nasbench201, nasbench201_small, s1, s4
 from darts_jax.spaces._dag import from_string, to_string
@@ -104,6 +107,41 @@ def test_s1_has_two_candidates_an_edge():
     assert s1.SPACE.primitives == tuple(
         name for name in genotype.CNN_PRIMITIVES if name not in ("none", "sep_conv_5x5")
     )
+
+
+def variables_of(network):
+    """Shapes of its parameters and running statistics."""
+    weights = {name: jnp.zeros(shape) for name, shape in network.weight_shapes.items()}
+    image = jnp.zeros((1, 8, 8, 1))
+    return jax.eval_shape(lambda: network.init(jax.random.key(0), image, weights, train=True))
+
+
+@pytest.mark.parametrize("name", DARTS)
+def test_an_edge_has_the_parameters_of_its_candidates_alone(name):
+    space, layers = spaces.get(name), 4
+    network = space.relaxed(channels=4, layers=layers, num_classes=3)
+    params, channels = variables_of(network)["params"], 4
+    for layer in range(layers):
+        reduction = layer in networks.reductions(layers)
+        channels *= 2 if reduction else 1
+        cell, expected = "reduce" if reduction else "normal", 0
+        for (source, _), mask in zip(space.edges[cell], space.allowed[cell], strict=True):
+            stride = 2 if reduction and source < 2 else 1
+            for candidate in np.array(space.primitives)[mask]:
+                if candidate != "none":
+                    shapes = network.operations[candidate].shapes(channels, stride)
+                    expected += sum(map(math.prod, shapes.values()))
+        assert count_parameters(params[f"cell_{layer}"]["edges"]) == expected
+
+
+def test_s1_is_smaller_than_all_of_its_candidates_on_every_edge():
+    network = s1.SPACE.relaxed(channels=4, layers=4, num_classes=3)
+    own, full = (
+        {kind: count_parameters(tree) for kind, tree in variables_of(of).items()}
+        for of in (network, network.clone(candidates=None))
+    )
+    assert own["params"] < 0.5 * full["params"]
+    assert own["batch_stats"] < 0.5 * full["batch_stats"]
 
 
 def test_an_operation_outside_of_a_space():

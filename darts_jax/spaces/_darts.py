@@ -41,12 +41,13 @@ def space(
     }
     everything = all(mask.all() for mask in allowed.values())
     held = FrozenDict({name: operations[name] for name in primitives if name != "none"})
+    own = None if everything else FrozenDict({c: tuple(map(tuple, candidates[c])) for c in CELLS})
     return Space(
         primitives,
         dict.fromkeys(CELLS, EDGES),
         allowed,
         relaxation.softmax if everything else relaxation.masked(relaxation.softmax, allowed),
-        partial(Supernet, nodes=NODES, operations=held, primitives=primitives),
+        partial(Supernet, nodes=NODES, operations=held, primitives=primitives, candidates=own),
         partial(EvaluationNetwork, operations=FrozenDict(operations)),
         partial(_derive, allowed, primitives),
         partial(_encode, primitives),
