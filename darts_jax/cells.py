@@ -129,6 +129,7 @@ def relaxed(
     columns: Mapping[str, int],
     partial: int = 1,
     edge_weights: Array | None = None,
+    key: Array | None = None,
 ) -> tuple[Array, Moments | None]:
     """Output of a relaxed cell, and the statistics of the batch.
 
@@ -143,11 +144,14 @@ def relaxed(
       columns: each candidate's column in weights.
       partial: one of so many channels goes through the operations.
       edge_weights: [edges], factors of what they pass on; all 1 by default.
+      key: random key, needed where an operation is random.
 
     Returns:
       [N, H', W', nodes * C], and, if running is None, the batch's unbiased moments like it.
     """
     parts = _parameters(params, groups)
+    if key is not None:
+        _give_keys(parts, jax.random.split(key, weights.shape), groups, columns)
     running_parts = iter(() if running is None else _split_rows(running, groups))
     mixes = _mixing(weights, groups, columns)
     states, nodes = list(inputs), {}
@@ -230,6 +234,17 @@ def _parameters(params: PyTree, groups: Sequence[Group]) -> list[PyTree]:
         for i, piece in zip(own, pieces, strict=True):
             parts[i][name] = piece
     return parts
+
+
+def _give_keys(
+    parts: Sequence[PyTree], keys: Array, groups: Sequence[Group], columns: Mapping[str, int]
+) -> None:
+    """Puts the keys [edges, candidates] of random operations with the parameters."""
+    for group, part in zip(groups, parts, strict=True):
+        for name, operation in group.operations.items():
+            if operation.random:
+                own = keys[np.array(group.edges), columns[name]]
+                part[name] = {**part.get(name, {}), "key": own}
 
 
 def _mixing(weights: Array, groups: Sequence[Group], columns: Mapping[str, int]) -> list[Array]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from darts_jax.cells import split_rows
@@ -111,6 +112,7 @@ def discrete(
     cell: Cell,
     operations: Operations,
     keep: Array | None = None,
+    key: Array | None = None,
 ) -> tuple[Array, PyTree]:
     """Output of a discrete cell, and the statistics of the batch.
 
@@ -123,6 +125,7 @@ def discrete(
       operations: those it names.
       keep: [edges, N], by which the output of each edge but an identity is multiplied, such as 0 or
         1 / (keep probability) for drop path; None for 1.
+      key: random key, needed where an operation is random.
 
     Returns:
       [N, H', W', nodes * C], and the unbiased moments of the batch, or running as it is.
@@ -149,6 +152,7 @@ def discrete(
         states.append(norm(name, affine[name], part, "norm", y)[..., 0, :])
 
     parts = _parts(kernels, affine, stats, cell, operations)
+    keys = None if key is None else jax.random.split(key, len(cell.edges))
     outputs: dict[int, Array] = {}
     for state in range(CNN_NUM_INPUTS + len(cell.edges) // CNN_EDGES_PER_NODE):
         if state >= CNN_NUM_INPUTS:
@@ -159,6 +163,8 @@ def discrete(
             def inner(which, y, name=name, norms=part_affine, stats=part_stats):
                 return norm(name, norms, stats, which, y)
 
+            if operations[name].random:
+                part_kernels = {**part_kernels, "key": keys[np.array(group.positions)]}
             y = operations[name].apply(part_kernels, states[state], group.stride, inner)
             if _has_norm(operations[name], cell, group):
                 y = inner("norm", y)

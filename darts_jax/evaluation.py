@@ -23,6 +23,7 @@ from darts_jax.networks import (
     STEM_MULTIPLIER,
     Norm,
     check_layout,
+    noise_key,
     reductions,
     uniform_fan_in,
 )
@@ -81,10 +82,12 @@ class Cells(nn.Module):
             return (newer if self.length == 1 else last), last
 
         def step(carry, xs):
-            output, batch = discrete.discrete(*xs[:3], carry, cell, operations, xs[3])
+            output, batch = discrete.discrete(*xs[:3], carry, cell, operations, *xs[3:])
             return (carry[1], output), batch
 
-        xs = (kernels, affine, None if train else stats.value, keep)
+        key = noise_key(self, {name: operations[name] for name, _ in cell.edges})
+        keys = None if key is None else jax.random.split(key, self.length)
+        xs = (kernels, affine, None if train else stats.value, keep, keys)
         body = jax.checkpoint(step) if self.remat else step
         if self.length == 1:  # its output may have another shape than its inputs
             carry, batch = body((older, newer), jax.tree.map(lambda x: x[0], xs))
@@ -173,7 +176,7 @@ class EvaluationNetwork(nn.Module):
           x: images [N, H, W, channels], H and W divisible by 4, for "imagenet" by 32.
           train: normalise by the batch, update the running statistics, run the auxiliary head.
           drop_path: probability, in [0, 1), that the output of an edge is dropped for a sample.
-            Needs the random key "drop_path".
+            Needs the random key "drop_path", as random operations need "noise".
 
         Raises:
           ValueError: for fewer than 3 layers, an image size that does not halve often enough or is

@@ -33,6 +33,11 @@ def by_slices(forward: Forward, groups: int) -> Forward:
     return run
 
 
+def keys(key: Array, groups: int) -> Array:
+    """A random key for each slice, [groups], for `by_slices`; of one slice, the key itself."""
+    return key[None] if groups == 1 else jax.random.split(key, groups)
+
+
 def count(network: Any) -> int:
     """Slices that a network's batch norm is by: its field `batch_norm_groups`, or 1 without it."""
     return getattr(network, "batch_norm_groups", 1)

@@ -20,6 +20,7 @@ from darts_jax import cells
 from darts_jax.convolution import conv
 from darts_jax.genotype import CNN_PRIMITIVES, count_nodes, edges, nearest
 from darts_jax.operations import (
+    NOISE,
     OPERATIONS,
     Moments,
     Operation,
@@ -81,6 +82,22 @@ def uniform_fan_in(key: Array, shapes: PyTree, num_batch_axes: int = 0) -> PyTre
         return jnp.asarray(part.reshape(shape) * bound)
 
     return jax.tree.unflatten(treedef, map(scale, parts, leaves))
+
+
+def noise_key(module: nn.Module, operations: Mapping[str, Operation]) -> Array | None:
+    """The key that a module's random operations draw from; None where none is random.
+
+    Raises:
+      ValueError: if the network was applied without the random key "noise".
+    """
+    if not any(operation.random for operation in operations.values()):
+        return None
+    if not module.has_rng(NOISE):
+        raise ValueError(
+            "an operation draws noise and has no key: wrap the step by search.with_context, or give"
+            ' the network rngs={"noise": key}'
+        )
+    return module.make_rng(NOISE)
 
 
 class Norm(nn.Module):
@@ -183,6 +200,7 @@ class RelaxedCell(nn.Module):
             columns={name: self.primitives.index(name) for name in self.operations},
             partial=self.partial,
             edge_weights=edge_weights,
+            key=noise_key(self, self.operations),
         )
         if train:
             stats.value = update_running(stats.value, batch)
@@ -229,7 +247,7 @@ class Supernet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, weights: Mapping[str, Array], train: bool) -> Array:
-        """Logits of a batch.
+        """Logits of a batch. Random operations need the random key "noise".
 
         Args:
           x: images [N, H, W, channels], H and W divisible by 4.

@@ -22,6 +22,7 @@ from jax import Array, lax
 from darts_jax.convolution import conv, depthwise
 
 EPSILON = 1e-5  # of batch norm
+NOISE = "noise"  # Flax's name of the key that random operations draw from
 MOMENTUM = 0.9  # of running statistics, Flax's convention: PyTorch calls it 0.1
 
 Shapes = dict[str, tuple[int, ...]]
@@ -48,6 +49,7 @@ class Operation(NamedTuple):
       inner: names that `apply` passes to `norm`.
       normalized: `normalized(stride)`, whether a batch norm follows in the relaxed cell. In a
         discrete cell, it follows only where the operation has parameters: not after pooling.
+      random: whether kernels hold "key", a random key of each edge, [K].
       uses: `uses(name, stride)`, how often the ordinary formulation uses a parameter for one pixel
         of the output, to count multiply-adds.
     """
@@ -57,6 +59,7 @@ class Operation(NamedTuple):
     prepare: Callable[[Mapping[str, Array]], Mapping[str, Array]] = lambda params: params
     inner: tuple[str, ...] = ()
     normalized: Callable[[int], bool] = lambda stride: True
+    random: bool = False
     uses: Callable[[str, int], int] = lambda name, stride: 1
 
 

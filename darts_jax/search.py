@@ -18,12 +18,14 @@ from jax import Array
 
 from darts_jax import finite, grouped, relaxation
 from darts_jax.hypergradient import Bilevel, Estimator, value_and_grad
+from darts_jax.operations import NOISE
 from darts_jax.relaxation import Context, Relaxation
 
 PyTree = Any
 
 ALPHA_SCALE = 1e-3  # standard deviation of the initial alphas, the original's
 CONTEXT = 2  # folded into the key of a step, which is split in 0 and 1 elsewhere
+OF_OPERATIONS = 2  # folded into the key of a batch, from which a relaxation draws
 
 
 class Batch(NamedTuple):
@@ -209,12 +211,19 @@ def make_loss(network: nn.Module, relax: Relaxation = relaxation.softmax) -> Cal
 def _make_loss(network: nn.Module, relax: Relaxation) -> Callable:
     def loss(w, alpha, inputs: Inputs):
         variables = {"params": w, "batch_stats": inputs.batch_stats}
-        weights = relax(alpha, inputs.batch.context)
+        context = inputs.batch.context
+        weights, groups = relax(alpha, context), grouped.count(network)
 
-        def forward(image):
-            return network.apply(variables, image, weights, train=True, mutable=["batch_stats"])
+        def forward(image, keys):
+            rngs = {} if keys is None else {NOISE: keys[0]}
+            return network.apply(
+                variables, image, weights, train=True, mutable=["batch_stats"], rngs=rngs
+            )
 
-        logits, updated = grouped.by_slices(forward, grouped.count(network))(inputs.batch.image)
+        keys = None
+        if context is not None and context.key is not None:
+            keys = grouped.keys(jax.random.fold_in(context.key, OF_OPERATIONS), groups)
+        logits, updated = grouped.by_slices(forward, groups)(inputs.batch.image, keys)
         return cross_entropy(logits, inputs.batch.label).mean(), Aux(logits, updated["batch_stats"])
 
     return loss
@@ -342,7 +351,7 @@ def make_task_step(
 
 
 def with_context(step: Callable, num_steps: int) -> Callable:
-    """The step of `make_step` for relaxations that need a key, or how far the search is.
+    """The step of `make_step` for what is random, or depends on how far the search is.
 
     Each batch is given a `relaxation.Context` of its own. The key of the two is fold_in(state.key,
     state.step): steps differ, and a resumed search draws what it would have drawn. Within a step
@@ -373,13 +382,15 @@ def make_evaluate(
     """`evaluate(state, batch, mask) -> (summed loss, correct)`, by running statistics.
 
     Without the noise of a random relaxation, and by schedules' values at the end of the search.
-    mask [B] is true where the batch holds an example, and not padding.
+    What random operations draw is always the same. mask [B] is true where the batch holds an
+    example, and not padding.
     """
 
     def evaluate(state, batch, mask):
         variables = {"params": state.w, "batch_stats": state.carry}
         weights = relax(state.alpha, relaxation.EVALUATION)
-        logits = network.apply(variables, batch.image, weights, train=False)
+        rngs = {NOISE: jax.random.key(0)}
+        logits = network.apply(variables, batch.image, weights, train=False, rngs=rngs)
         losses = cross_entropy(logits, batch.label)
         correct = logits.argmax(-1) == batch.label
         return jnp.where(mask, losses, 0).sum(), (correct & mask).sum()

@@ -10,11 +10,13 @@ import optax
 from jax import Array
 
 from darts_jax import finite, grouped
+from darts_jax.operations import NOISE
 from darts_jax.search import Batch, accuracy, cross_entropy
 
 PyTree = Any
 
 TOP = 5  # of the second accuracy
+OF_OPERATIONS = 1  # folded into the key of a step, by which drop path draws
 
 
 class TrainState(NamedTuple):
@@ -99,11 +101,11 @@ def make_loss(
                 image,
                 train=True,
                 drop_path=drop_path,
-                rngs={"drop_path": keys[0]},
+                rngs={"drop_path": keys[0], NOISE: jax.random.fold_in(keys[0], OF_OPERATIONS)},
                 mutable=["batch_stats"],
             )
 
-        keys = key[None] if groups == 1 else jax.random.split(key, groups)
+        keys = grouped.keys(key, groups)
         logits, updated = grouped.by_slices(forward, groups)(batch.image, keys)
         targets = optax.smooth_labels(
             jax.nn.one_hot(batch.label, logits.main.shape[-1]), label_smoothing
@@ -170,7 +172,8 @@ def make_evaluate(network: nn.Module) -> Callable[[TrainState, Batch, Array], Ev
 
     def evaluate(state: TrainState, batch: Batch, mask: Array) -> Evaluation:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        logits = network.apply(variables, batch.image, train=False).main
+        rngs = {NOISE: jax.random.key(0)}
+        logits = network.apply(variables, batch.image, train=False, rngs=rngs).main
         losses = cross_entropy(logits, batch.label)
         # Of equal logits, the first ones count: a network that says nothing is not right.
         _, first = jax.lax.top_k(logits, min(TOP, logits.shape[-1]))

@@ -5,9 +5,19 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from darts_jax import genotype, networks, spaces
+from darts_jax import (
+    cells,
+    discrete,
+    genotype,
+    networks,
+    relaxation,
+    search,
+    spaces,
+    training,
+)
 from darts_jax.evaluation import count_parameters
 from darts_jax.operations import DISCRETE_OPERATIONS
 from darts_jax.spaces import nasbench201, nasbench201_small, s1, s4
@@ -150,15 +160,96 @@ def test_an_operation_outside_of_a_space():
         spaces.get("s2").encode(cells._replace(reduce=genotype.PUBLISHED["DARTS_V1"].reduce))
 
 
-def test_noise_is_normal_and_has_no_gradient():
+def test_noise_is_normal_and_of_its_key_alone():
     x = jax.random.uniform(jax.random.key(0), (4, 16, 16, 8))
-    y = s4.noise({}, x, 2, None)
-    assert y.shape == (4, 8, 8, 1, 8)
+    keys = {"key": jax.random.split(jax.random.key(1), 3)}
+    y = s4.noise(keys, x, 2, None)
+    assert y.shape == (4, 8, 8, 3, 8)
     assert abs(y.mean()) < 0.1 and abs(y.std() - 1) < 0.1
-    np.testing.assert_array_equal(y, s4.noise({}, x, 2, None))
-    assert (y != s4.noise({}, x + 1, 2, None)).all()
-    assert not jax.grad(lambda x: s4.noise({}, x, 1, None).sum())(x).any()
+    assert abs(np.corrcoef(np.moveaxis(y, 3, 0).reshape(3, -1)) - np.eye(3)).max() < 0.1
+    np.testing.assert_array_equal(y, s4.noise(keys, x + 1, 2, None))
+    assert not jax.grad(lambda x: s4.noise(keys, x, 1, None).sum())(x).any()
     assert "noise" not in DISCRETE_OPERATIONS
+
+
+def relaxed_noise(key):
+    """Nodes 2 and 3 of a cell where each passes on the noise of its edge from state 0."""
+    groups = cells.groups(5, False, {"noise": s4.NOISE})
+    inputs = (jnp.zeros((2, 4, 4, 3)),) * 2
+    weights = jnp.array([1.0, 0, 1, 0, 0])[:, None]
+    return cells.relaxed({}, None, inputs, weights, groups=groups, columns={"noise": 0}, key=key)[0]
+
+
+def discrete_noise(key):
+    """The same of a discrete cell, and the noise of edges from state 1."""
+    cell = discrete.Cell((("noise", 0), ("noise", 1)) * 2, (2, 3), 3, (3, 3), False, False)
+    kernels = jax.tree.map(jnp.zeros, discrete.shapes(cell, NOISY), is_leaf=is_shape)
+    unit = {"scale": jnp.ones((1, 3)), "bias": jnp.zeros((1, 3))}
+    affine = {name: {"norm": unit} for name in discrete.PREPROCESS}
+    inputs = (jnp.zeros((2, 4, 4, 3)),) * 2
+    return discrete.discrete(kernels, affine, None, inputs, cell, NOISY, key=key)[0]
+
+
+NOISY = DISCRETE_OPERATIONS.copy({"noise": s4.NOISE})
+
+
+def is_shape(value):
+    return isinstance(value, tuple)
+
+
+@pytest.mark.parametrize("cell", [relaxed_noise, discrete_noise])
+def test_edges_of_one_state_have_noise_of_their_own(cell):
+    y = cell(jax.random.key(0))
+    first, second = np.split(np.asarray(y), 2, -1)
+    assert (first != second).all() and abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.4
+    np.testing.assert_array_equal(y, cell(jax.random.key(0)))
+    assert (y != cell(jax.random.key(1))).all()
+
+
+def test_the_noise_of_a_batch_is_the_same_in_every_pass():
+    """Of its key alone: where all else has no weight, logits do not depend on what is before."""
+    network = s4.SPACE.relaxed(channels=2, layers=3, num_classes=3, nodes=1)
+    row = jnp.eye(2)[network.primitives.index("noise")]
+    weights = {name: jnp.stack([row, row]) for name in ("normal", "reduce")}
+    image = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
+    variables = network.init(jax.random.key(1), image, weights, train=True)
+    loss = jax.jit(search.make_loss(network, relaxation.as_they_are))
+
+    def logits(stem, context):
+        w = {**variables["params"], "stem": stem}
+        batch = search.Batch(image, jnp.arange(4) % 3, context)
+        return loss(w, weights, search.Inputs(batch, variables["batch_stats"]))[1].logits
+
+    stem, context = variables["params"]["stem"], relaxation.Context(jax.random.key(2), 0.5)
+    first = logits(stem, context)
+    np.testing.assert_array_equal(first, logits(-3 * stem, context))
+    assert (first != logits(stem, context._replace(key=jax.random.key(3)))).all()
+    with pytest.raises(ValueError, match="has no key: wrap the step by search.with_context"):
+        logits(stem, None)
+    evaluate = search.make_evaluate(network, relaxation.as_they_are)
+    state = search.SearchState(
+        0, None, variables["params"], weights, variables["batch_stats"], None, None
+    )
+    total, _ = evaluate(state, search.Batch(image, jnp.arange(4) % 3), jnp.ones(4, bool))
+    assert np.isfinite(total)
+
+
+def test_a_discrete_network_draws_noise():
+    cells_ = genotype.Genotype((("noise", 0),) * 2, (2,), (("noise", 0),) * 2, (2,))
+    network = s4.SPACE.discrete(cells_, channels=2, layers=3, num_classes=3)
+    optimizer = optax.sgd(0.1)
+    state = training.init(jax.random.key(0), network, optimizer, (8, 8, 1))
+    batch = search.Batch(jnp.ones((4, 8, 8, 1)), jnp.arange(4) % 3)
+    loss = jax.jit(training.make_loss(network))
+
+    def logits(key):
+        return loss(state.params, state.batch_stats, batch, None, jax.random.key(key))[1][0]
+
+    np.testing.assert_array_equal(logits(0), logits(0))
+    assert (logits(0) != logits(1)).any()
+    assert len(np.unique(logits(0)[:, 0])) == 4  # images are equal, their noise is not
+    found = training.make_evaluate(network)(state, batch, jnp.ones(4, bool))
+    assert np.isfinite(found.loss)
 
 
 PUBLISHED = (
