@@ -77,7 +77,9 @@ def early_stop(eigenvalues: Sequence[float], ratio: float = 0.75, window: int = 
         m(i - k) / m(i) < ratio
 
     and goes back to i - k, section 4.3 of arXiv 1909.09656, which has k = 5 and a ratio of 0.75.
-    Only whole windows count, and only those with a positive mean at i.
+    Only whole windows count, and only those with a positive mean at i. The authors' code has a
+    ratio of 1 / 1.3 between windows that are 4 apart, and no stop that goes back to before epoch
+    10.
 
     Args:
       eigenvalues: one for each time that it was measured, from the beginning.

@@ -104,6 +104,13 @@ def test_early_stop(eigenvalues, stop):
     assert spectrum.early_stop(eigenvalues) == stop
 
 
+def test_the_ratio_of_the_released_code():
+    """1.3, new over old: it stops where the paper's 0.75, old over new, does not yet."""
+    eigenvalues = [1.0] * 5 + [1.32] * 5
+    assert spectrum.early_stop(eigenvalues) is None
+    assert spectrum.early_stop(eigenvalues, ratio=1 / 1.3) == 2
+
+
 def test_early_stop_by_the_formula():
     """Against a plain loop, over ratios and windows."""
     rng = np.random.default_rng(0)
