@@ -17,9 +17,9 @@ from darts_jax import recurrent, relaxation
 from darts_jax.genotype import RNN_PRIMITIVES, RecurrentGenotype
 from darts_jax.operations import Moments
 from darts_jax.recurrent import ACTIVATIONS, Masks, Trajectory
+from darts_jax.relaxation import Context, Relaxation
 
 PyTree = Any
-Relaxation = Callable[[PyTree], PyTree]  # of alpha alone: a text's batch has no context
 Cell = Callable[..., Trajectory]
 
 
@@ -61,12 +61,14 @@ class Batch(NamedTuple):
       targets: int [T, B], the tokens one later.
       valid: bool [T], False at steps that only fill up.
       key: random key of its dropout.
+      context: what the relaxation may depend on, if it needs one (see `search.with_context`).
     """
 
     tokens: Array
     targets: Array
     valid: Array
     key: Array
+    context: Context | None = None
 
 
 class Inputs(NamedTuple):
@@ -224,10 +226,7 @@ def make_loss(
     """
 
     def loss(w, alpha, inputs):
-        def cell(params, *args, **options):
-            make = relaxed_cell(inputs.running, relax(alpha), train=True)
-            return make(params, *args, **options)
-
+        cell = relaxed_cell(inputs.running, relax(alpha, inputs.batch.context), train=True)
         return _loss(w, cell, inputs, dropout, slowness_weight)
 
     return loss

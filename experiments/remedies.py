@@ -28,14 +28,20 @@ REMOVED = -1e9  # as which the alpha of an operation that was taken away is reco
 
 
 @dataclass(frozen=True)
-class RemediesConfig:
-    """Remedies for what goes wrong in plain DARTS; all off by default."""
+class RelaxationConfig:
+    """Remedies for what goes wrong in plain DARTS, in cells of any kind; all off by default."""
 
     relaxation: Literal["softmax", "gumbel", "concrete", "sigmoid", "dirichlet"] = "softmax"
     """From alphas to mixing weights: gumbel is GDAS, concrete SNAS, sigmoid FairDARTS, dirichlet
     DrNAS."""
     temperature: tuple[float, float] = (1.0, 1.0)
     """Of softmax, gumbel and concrete: at the beginning, and in a straight line to the end."""
+
+
+@dataclass(frozen=True)
+class RemediesConfig(RelaxationConfig):
+    """Remedies for what goes wrong in plain DARTS; all off by default."""
+
     edge_weights: bool = False
     """Edges have weights of their own (PC-DARTS)."""
     auxiliary_skip: float = 0.0
@@ -54,9 +60,14 @@ class RemediesConfig:
     """Stop where the mean eigenvalue before is less than this share of that now; 0 for never."""
 
 
-def check(config: RemediesConfig) -> None:
+def check_relaxation(config: RelaxationConfig) -> None:
     """Raises a ValueError for a field out of range."""
     check_positive(*(("search.remedies.temperature", value) for value in config.temperature))
+
+
+def check(config: RemediesConfig) -> None:
+    """Raises a ValueError for a field out of range."""
+    check_relaxation(config)
     check_at_least(
         ("search.remedies.auxiliary-skip", config.auxiliary_skip, 0),
         *(("search.remedies.perturb-radius", value, 0) for value in config.perturb_radius),
@@ -137,12 +148,12 @@ def init_alpha(config: RemediesConfig) -> Callable[[jax.Array, nn.Module], Any]:
     )
 
 
-def make_relaxation(config: RemediesConfig, mask: shrinking.Mask | None) -> Relaxation:
-    """From alphas to mixing weights, but for a perturbation."""
+def choose_relaxation(config: RelaxationConfig) -> Relaxation:
+    """From alphas to mixing weights: `relaxation.softmax` itself where nothing is changed."""
     temperature = relaxation.linear(*config.temperature)
     if config.temperature[0] == config.temperature[1]:
         temperature = config.temperature[0]
-    relax = {
+    return {
         "softmax": lambda: (
             relaxation.softmax if temperature == 1 else relaxation.tempered_softmax(temperature)
         ),
@@ -151,6 +162,11 @@ def make_relaxation(config: RemediesConfig, mask: shrinking.Mask | None) -> Rela
         "sigmoid": lambda: relaxation.sigmoid,
         "dirichlet": lambda: relaxation.dirichlet,
     }[config.relaxation]()
+
+
+def make_relaxation(config: RemediesConfig, mask: shrinking.Mask | None) -> Relaxation:
+    """From alphas to mixing weights, but for a perturbation."""
+    relax = choose_relaxation(config)
     if mask is not None:
         relax = relaxation.masked(relax, mask)
     return relaxation.edge_weighted(relax) if config.edge_weights else relax

@@ -24,15 +24,17 @@ from jax.sharding import Mesh, PartitionSpec
 from rich.table import Table
 from rich.text import Text
 
-from darts_jax import genotype, language_model, recurrent, relaxation, search, text
+from darts_jax import genotype, language_model, recurrent, search, text
 from darts_jax.language_model import Aux, Inputs
 from darts_jax.operations import Moments
+from darts_jax.relaxation import EVALUATION, Relaxation, softmax
 from darts_jax.text import Corpus
-from experiments import command_line, devices, distributed, runner, seeds, texts
+from experiments import command_line, devices, distributed, remedies, runner, seeds, texts
 from experiments.config import AlphaConfig, alpha_optimizer
 from experiments.memory import peak_memory
 from experiments.metrics import Display
 from experiments.recurrent_cell import START, describe, draw_cell
+from experiments.remedies import RelaxationConfig
 from experiments.run_config import RunConfig, check_run, prepare
 from experiments.search_cnn import make_estimator
 from experiments.texts import DropoutConfig, TextConfig, TextOptimizerConfig
@@ -72,6 +74,7 @@ class SearchConfig:
     """Weight of the squared change of the hidden state in the training loss."""
     w: TextOptimizerConfig = field(default_factory=TextOptimizerConfig)
     alpha: AlphaConfig = field(default_factory=lambda: AlphaConfig(3e-3, b1=0.9))
+    remedies: RelaxationConfig = field(default_factory=RelaxationConfig)
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ class Step(NamedTuple):
     val_start: np.ndarray
 
 
-def task(config: Config) -> search.Task:
+def task(config: Config, relax: Relaxation = softmax) -> search.Task:
     """Prediction of the next word, for the search step.
 
     The inner step is the very step that trains w: dropout, slowness, clipping, and the embedding
@@ -205,8 +208,8 @@ def task(config: Config) -> search.Task:
         return right.sum() / (batch.valid.sum() * batch.targets.shape[1])
 
     return search.Task(
-        language_model.make_loss(dropout, config.search.slowness),
-        language_model.make_loss(dropout),
+        language_model.make_loss(dropout, config.search.slowness, relax),
+        language_model.make_loss(dropout, relax=relax),
         inputs("train_hidden"),
         inputs("val_hidden"),
         lambda train, val: Carry(train.running, train.hidden, val.hidden),
@@ -258,16 +261,21 @@ def make_job(config: Config, corpus: Corpus, workdir: Path) -> runner.Job:
     steps_per_epoch = text.num_windows(train_rows, longest)
     val_windows = text.num_windows(val_rows, longest)
     w, alpha = texts.optimizer(own.w), alpha_optimizer(own.alpha)
+    relax = remedies.choose_relaxation(own.remedies)
     step = search.make_task_step(
-        task(config), make_estimator(own, w), w, alpha, skip_nonfinite=config.run.skip_nonfinite
+        task(config, relax), make_estimator(own, w), w, alpha, config.run.skip_nonfinite
     )
+    if relax is not softmax:  # which needs no context
+        step = search.with_context(step, own.epochs * steps_per_epoch)
     hidden = jnp.zeros((own.batch_size, size))
     evaluate = texts.make_evaluation(mesh, corpus, "valid", own.eval_batch_size, size)
 
     @jax.jit
     def eval_step(state: search.SearchState, data: texts.Texts, _: jax.Array):
-        weights = relaxation.softmax(state.alpha)
-        cell = language_model.relaxed_cell(state.carry.running, weights, train=False)
+        # By the batch where `none` may have had nearly all the weight: a state then hardly varies,
+        # and by running statistics, which all states share, the others would diverge.
+        weights, by_batch = relax(state.alpha, EVALUATION), relax is not softmax
+        cell = language_model.relaxed_cell(state.carry.running, weights, train=by_batch)
         total, tokens = evaluate(state.w, cell)
         return {"eval_loss": total}, tokens
 
@@ -354,6 +362,7 @@ def check(config: Config) -> None:
     mesh = devices.mesh(config.seeds, config.seeds_at_once)
     devices.check_batch(mesh, "search.batch-size", own.batch_size)
     command_line.check_positive(("search.radius", own.radius))
+    remedies.check_relaxation(own.remedies)
     command_line.check_below_one(
         ("search.alpha.b1", own.alpha.b1), ("search.alpha.b2", own.alpha.b2)
     )

@@ -65,6 +65,28 @@ def test_recorded_training(recorded, training):
     close(optax.tree.norm(gradient), recorded[f"{prefix}/grad_norm_global"])
 
 
+@pytest.mark.parametrize("relax", [relaxation.concrete(0.5), relaxation.dirichlet])
+def test_a_relaxation_takes_the_context_of_the_batch(relax, recorded, params, inputs):
+    """Value and gradient in w are those at the weights that it gives there; alpha's is not zero."""
+    given, alpha = inputs("train"), jnp.asarray(recorded["search/alpha"])
+    context = relaxation.Context(jax.random.key(0), 0.5)
+    given = given._replace(batch=given.batch._replace(context=context))
+
+    def differentiate(relax, alpha):
+        loss = language_model.make_loss(relax=relax)
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, alpha, given)
+
+    (value, _), (gradient, alpha_gradient) = differentiate(relax, alpha)
+    (expected, _), (expected_gradient, of_weights) = differentiate(
+        relaxation.as_they_are, relax(alpha, context)
+    )
+    close(value, expected)
+    jax.tree.map(close, gradient, expected_gradient)
+    _, pull_back = jax.vjp(lambda alpha: relax(alpha, context), alpha)
+    close(alpha_gradient, pull_back(of_weights)[0])
+    assert abs(alpha_gradient).max() > 1e-6
+
+
 def test_recorded_slowness(recorded, params, inputs):
     weight = float(recorded["cfg/tar_beta"])
     loss = language_model.make_loss(slowness_weight=weight)

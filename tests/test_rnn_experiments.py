@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from darts_jax import genotype, language_model, text
+from darts_jax import genotype, hypergradient, language_model, search, text
 from experiments import evaluate_rnn, search_rnn, texts
+from experiments.config import alpha_optimizer
+from experiments.remedies import RelaxationConfig
 
 SEARCH = ["smoke", "--search.epochs", "2"]
 
@@ -48,6 +50,7 @@ def test_paper_preset_of_the_search():
         "slowness": 1e-3,
         "w": {"learning_rate": 20.0, "weight_decay": 5e-7, "clip": 0.25},
         "alpha": {"learning_rate": 3e-3, "b1": 0.9, "b2": 0.999, "weight_decay": 1e-3},
+        "remedies": {"relaxation": "softmax", "temperature": (1.0, 1.0)},
     }
 
 
@@ -118,6 +121,71 @@ def test_lstm_from_the_command_line(empty_folder, capsys):
     output = capsys.readouterr().out
     assert f"{vocabulary * 9 + 4 * 8 * 17:,}" in output
     assert 10 < math.exp(lines_of("run", "epoch")[-1]["eval_loss"]) < 2 * vocabulary
+
+
+GUMBEL = RelaxationConfig("gumbel", (3.0, 0.5))
+
+
+def test_a_relaxation_from_the_command_line(empty_folder, monkeypatch):
+    monkeypatch.setattr(search_rnn, "draw", lambda *_: [])
+    flags = "--search.remedies.relaxation gumbel --search.remedies.temperature 3 0.5".split()
+    for workdir, more in (("plain", []), ("gumbel", flags)):
+        assert search_rnn.main(["smoke", "--search.epochs", "1", "--workdir", workdir, *more]) == 0
+    (plain,), (line,) = (lines_of(workdir, "epoch") for workdir in ("plain", "gumbel"))
+    assert plain["alpha"] != line["alpha"] and np.isfinite(line["eval_loss"])
+    found = genotype.load("gumbel/genotype.json", kind=genotype.RNN)
+    assert found == genotype.derive_recurrent(line["alpha"])
+
+
+def test_contexts_of_a_search(corpus, monkeypatch):
+    """Each step has its share of the whole search, and keys of its own, which dropout has not."""
+    seen = []
+
+    def make_task_step(task, *_, **__):
+        def step(state, train, val):
+            seen.extend([train, val])
+            return state._replace(step=state.step + 1), None
+
+        return step
+
+    monkeypatch.setattr("darts_jax.search.make_task_step", make_task_step)
+    job = search_rnn.make_job(with_remedies(GUMBEL), corpus, Path("unused"))
+    state = job.init()
+    for epoch in (0, 1):
+        for at in job.train_batches(epoch):
+            state, _ = job.train_step(state, job.data, at)
+    np.testing.assert_allclose(
+        [batch.context.progress for batch in seen], np.repeat(np.arange(14) / 14, 2), rtol=1e-6
+    )
+    keys = {bytes(jax.random.key_data(key)) for b in seen for key in (b.key, b.context.key)}
+    assert len(keys) == 4 * 14
+
+
+def with_remedies(remedies):
+    return small(search=dataclasses.replace(small().search, remedies=remedies))
+
+
+def test_without_remedies_it_is_plain_darts_bit_for_bit(corpus):
+    config = small()
+    job = search_rnn.make_job(config, corpus, Path("unused"))
+    dropout, w = texts.dropout_of(config.dropout), texts.optimizer(config.search.w)
+    plain = search.make_task_step(
+        search_rnn.task(config)._replace(
+            train_loss=language_model.make_loss(dropout, config.search.slowness),
+            val_loss=language_model.make_loss(dropout),
+        ),
+        lambda problem: hypergradient.unrolled(problem, w),
+        w,
+        alpha_optimizer(config.search.alpha),
+    )
+    plain = search_rnn.make_train_step(plain, config, job.steps_per_epoch)
+    results = []
+    for step in (job.train_step, plain):
+        state = job.init()
+        for at in job.train_batches(0)[:2]:
+            state, metrics = step(state, job.data, at)
+        results.append((state.w, state.alpha, state.carry, metrics))
+    jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 def small(**options):
@@ -251,6 +319,11 @@ def test_samples_follow_the_model():
         (search_rnn, ["smoke", "--search.length", "300"], "no window of 300"),
         (search_rnn, ["smoke", "--dropout.hidden", "1"], "--dropout.hidden is 1.0; give less"),
         (search_rnn, ["smoke", "--search.w.clip", "0"], "--search.w.clip is 0.0; give more"),
+        (
+            search_rnn,
+            ["smoke", "--search.remedies.temperature", "0", "1"],
+            "temperature is 0.0; give",
+        ),
         (evaluate_rnn, ["smoke", "--genotype", "DARTS_V3"], "no genotype file or published cell"),
         (evaluate_rnn, ["smoke", "--genotype", "conv.json"], "holds convolutional cells; give"),
         (evaluate_rnn, ["smoke", "--train.patience", "0"], "--train.patience is 0"),
