@@ -14,9 +14,11 @@ from test_search_cnn import install_stand_in
 
 from darts_jax import augment, choices, genotype, text
 from experiments import images, search_cnn, search_rnn, seeds
+from experiments.remedies import RelaxationConfig
 
 SEEDS = (3, 4)
 STEPS = 3
+OFF = RelaxationConfig()
 
 
 def cnn_job(**fields):
@@ -26,10 +28,21 @@ def cnn_job(**fields):
         return search_cnn.make_job(config, spread_runs.digits(config), Path())
 
 
-def rnn_job(**fields):
+def rnn_job(remedies=OFF, **fields):
     config = search_rnn.PRESETS["smoke"][1]
-    config = replace(config, search=replace(config.search, length=5), **fields)
+    own = replace(config.search, length=5, remedies=remedies)
+    config = replace(config, search=own, **fields)
     return search_rnn.make_job(config, text.load("pydoc", limit=1000), Path())
+
+
+def random_cnn_job(**fields):
+    own = search_cnn.PRESETS["smoke"][1].search
+    remedies = replace(own.remedies, relaxation="concrete", temperature=(2.0, 0.5))
+    return cnn_job(search=replace(own, remedies=remedies), **fields)
+
+
+def random_rnn_job(**fields):
+    return rnn_job(remedies=RelaxationConfig("concrete", (2.0, 0.5)), **fields)
 
 
 @pytest.fixture
@@ -56,7 +69,7 @@ def assert_same(found, expected, rtol=1e-9):
         np.testing.assert_allclose(a, b, rtol, 1e-12, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("make_job", [cnn_job, rnn_job])
+@pytest.mark.parametrize("make_job", [cnn_job, rnn_job, random_cnn_job, random_rnn_job])
 def test_each_seed_is_what_it_would_be_alone(double, make_job):
     alone = [steps(make_job(seed=seed)) for seed in SEEDS]
     weights = [jax.tree.leaves(state.w)[0] for _, state, _ in alone]
