@@ -7,6 +7,9 @@ edge of the relaxed cell is the weighted sum of its candidates (arXiv 2001.00326
 Relaxed and discrete cells are one function: what differs is which edges have which operation
 (`Members`). Parameters and running statistics are stacked by operation, over its edges in the order
 of their sources, then destinations: the edges that leave a state share one product.
+
+With partial channels, of PC-DARTS (arXiv 1907.05737), operations work on some of the channels, and
+the others pass by them.
 """
 
 import math
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from darts_jax.cells import beside_bypass
 from darts_jax.operations import EPSILON, OPERATIONS, Moments, moments, relu, unbiased
 
 PyTree = Any
@@ -83,11 +87,12 @@ def cell(
     primitives: Sequence[str],
     members: Members,
     conv: Convolution,
+    partial: int = 1,
 ) -> tuple[Array, PyTree]:
     """Output of a cell, and the statistics of the batch.
 
     Args:
-      kernels: as in `shapes`.
+      kernels: as in `shapes`, of C / partial channels, like all of the cell's variables.
       affine: {"scale", "bias"}, each as in `norm_shapes`; empty for batch norms without.
       running: as in `norm_shapes`, each Moments, to normalise by. If None, by the batch.
       x: [N, H, W, C].
@@ -96,26 +101,42 @@ def cell(
       primitives: names of the candidates.
       members: which edges have which operations.
       conv: `conv(x, kernel, padding=...)`, as `convolution.conv`.
+      partial: one of so many channels goes through the operations; 1 for a discrete cell.
 
     Returns:
       [N, H, W, C], and the unbiased moments of the batch, or running as it is.
     """
     columns = {name: o for o, name in enumerate(primitives)}
-    states: dict[int, Array] = {0: x}
-    seen: dict[str, list[Moments]] = {name: [] for name in shapes(x.shape[-1], members)}
+    share = x.shape[-1] // partial
+    seen: dict[str, list[Moments]] = {name: [] for name in shapes(share, members)}
     position = dict.fromkeys(seen, 0)  # of the next edge's parameters
+    # Sums over what enters a state: what went through operations, and what passed them by.
+    through: dict[int, Array] = {}
+    past: dict[int, Array] = {}
 
-    def add(destination: int, arriving: Array) -> None:
-        before = states.get(destination)
-        states[destination] = arriving if before is None else before + arriving
+    def add(sums: dict[int, Array], destination: int, arriving: Array) -> None:
+        before = sums.get(destination)
+        sums[destination] = arriving if before is None else before + arriving
+
+    def state_of(number: int) -> Array | None:
+        if number == 0:
+            return x
+        if partial == 1 or number not in through:
+            return through.get(number)
+        return beside_bypass(through[number][..., None, :], past[number], 1)[..., 0, :]
 
     last = max(destination for _, destination in edges)
     for source in range(last):
+        whole = state_of(source)
+        if partial > 1:
+            for start, destination in edges:
+                if start == source:
+                    add(past, destination, whole[..., share:])
         for name, held in members.items():
             out = [e for e in held if edges[e][0] == source]
             if not out or name == "none":
                 continue
-            state = states[source]
+            state = whole if partial == 1 else whole[..., :share]
             mix = weights[np.array(out), columns[name]]
             if name in seen:
                 rows = slice(position[name], position[name] + len(out))
@@ -131,8 +152,9 @@ def cell(
             else:
                 y = OPERATIONS[name].apply({}, state, 1, None) * mix[:, None]
             for e, arriving in zip(out, lax.split(y, [1] * len(out), axis=3), strict=True):
-                add(edges[e][1], arriving[..., 0, :])
-    output = states.get(last, jnp.zeros_like(x))
+                add(through, edges[e][1], arriving[..., 0, :])
+    output = state_of(last)
+    output = jnp.zeros_like(x) if output is None else output
     if running is not None:
         return output, running
     return output, {

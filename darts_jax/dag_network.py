@@ -28,11 +28,12 @@ class Cell(nn.Module):
     choice: tuple[int, ...] | None
     affine: bool
     conv: Convolution
+    partial: int
 
     @nn.compact
     def __call__(self, x: Array, weights: Array, train: bool) -> Array:
         """[N, H, W, C] -> [N, H, W, C], weights [edges, candidates]."""
-        channels = x.shape[-1]
+        channels = x.shape[-1] // self.partial
         members = dag_cell.members(self.edges, self.primitives, self.choice)
         norms = dag_cell.norm_shapes(channels, members)
         kernels = self.param("kernels", uniform_fan_in, dag_cell.shapes(channels, members), 1)
@@ -59,6 +60,7 @@ class Cell(nn.Module):
             primitives=self.primitives,
             members=members,
             conv=self.conv,
+            partial=self.partial,
         )
         if train and not self.is_initializing():
             stats.value = update_running(stats.value, batch)
@@ -97,6 +99,8 @@ class Network(nn.Module):
       stem: side of the stem's kernel, odd.
       affine: whether the batch norms of cells scale and shift.
       conv: the convolution, `convolution.conv` or `convolution.matmul_conv`.
+      partial: of a relaxed cell, one of so many channels goes through the operations, as in
+        PC-DARTS; a divisor of channels.
     """
 
     num_classes: int
@@ -109,6 +113,7 @@ class Network(nn.Module):
     stem: int = 3
     affine: bool = False
     conv: Convolution = convolution.conv
+    partial: int = 1
 
     @property
     def weight_shapes(self) -> tuple[int, int]:
@@ -128,7 +133,8 @@ class Network(nn.Module):
           [N, num_classes].
 
         Raises:
-          ValueError: for images that do not halve so often, or weights of another shape.
+          ValueError: for images that do not halve so often, weights of another shape, or channels
+            that are not a multiple of partial.
         """
         shape = self.weight_shapes
         weights = jnp.ones(shape, x.dtype) if weights is None else weights
@@ -137,6 +143,12 @@ class Network(nn.Module):
                 f"weights have shape {list(weights.shape)}; this cell needs {list(shape)}:"
                 " [edges, candidates]"
             )
+        if self.partial < 1 or self.channels % self.partial:
+            raise ValueError(
+                f"partial is {self.partial}; give a divisor of {self.channels} channels"
+            )
+        if self.choice is not None and self.partial > 1:
+            raise ValueError(f"partial is {self.partial}; give 1 for a discrete network")
         multiple = 2 ** (self.stages - 1)
         if x.shape[1] % multiple or x.shape[2] % multiple:
             raise ValueError(
@@ -151,7 +163,7 @@ class Network(nn.Module):
                 y = ResidualBlock(self.conv, name=f"reduce_{stage}")(y, train)
             for i in range(self.cells):
                 own = (self.edges, self.primitives, self.choice, self.affine, self.conv)
-                y = Cell(*own, name=f"cell_{stage}_{i}")(y, weights, train)
+                y = Cell(*own, self.partial, name=f"cell_{stage}_{i}")(y, weights, train)
         features = relu(Norm(affine=True, name="last_norm")(y, train)).mean((1, 2))
         kernel = self.param("head_kernel", uniform_fan_in, (features.shape[-1], self.num_classes))
         bias = self.param("head_bias", nn.initializers.zeros, (self.num_classes,))

@@ -9,7 +9,7 @@ Some relaxations are modified ones: `edge_weighted`, `with_auxiliary_skip` and `
 and can be nested. An alpha of -inf takes an operation away, whatever the relaxation.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -73,7 +73,8 @@ def softmax(alpha: PyTree, context: Context | None = None) -> PyTree:
 def tempered_softmax(temperature: float | Schedule) -> Relaxation:
     """softmax(alpha / temperature): one-hot weights as it goes to 0, equal ones as it grows.
 
-    At a temperature of 1 it is `softmax`, bit for bit.
+    ASAP, Noy et al., arXiv 1904.04123, anneals it in the course of a search. At a temperature of 1
+    it is `softmax`, bit for bit.
     """
 
     def relax(alpha: PyTree, context: Context | None = None) -> PyTree:
@@ -150,25 +151,31 @@ def as_they_are(weights: PyTree, context: Context | None = None) -> PyTree:
     return weights
 
 
-def edge_weighted(relax: Relaxation) -> Relaxation:
+def edge_weighted(relax: Relaxation, sizes: Sequence[int] | None = None) -> Relaxation:
     """Weighs edges too: PC-DARTS, Xu et al., arXiv 1907.05737.
 
     Beside the cells, alpha and the weights that come of it have leaves "normal_edges" and
     "reduce_edges" [edges]: a softmax over the edges into each node, which multiplies what they
-    pass on. Without such leaves it is `relax`.
+    pass on. Without such leaves it is `relax`. sizes are those of `softmax_into_nodes`.
     """
+    into_nodes = partial(softmax_into_nodes, sizes=sizes)
 
     def relax_both(alpha: Mapping[str, Array], context: Context | None = None) -> PyTree:
         operations = {name: leaf for name, leaf in alpha.items() if not name.endswith(EDGES)}
         edges = {name: leaf for name, leaf in alpha.items() if name.endswith(EDGES)}
-        return relax(operations, context) | jax.tree.map(softmax_into_nodes, edges)
+        return relax(operations, context) | jax.tree.map(into_nodes, edges)
 
     return relax_both
 
 
-def softmax_into_nodes(beta: Array) -> Array:
-    """Softmax of beta [edges] over the edges into each node of a cell with two inputs."""
-    sizes = range(2, 2 + count_nodes(len(beta)))
+def softmax_into_nodes(beta: Array, sizes: Sequence[int] | None = None) -> Array:
+    """Softmax of beta [edges] over the edges into each node.
+
+    Args:
+      beta: ordered by node.
+      sizes: how many edges enter each node; by default 2, 3, ..., of a cell with two inputs.
+    """
+    sizes = range(2, 2 + count_nodes(len(beta))) if sizes is None else sizes
     return jnp.concatenate([jax.nn.softmax(part) for part in lax.split(beta, sizes)])
 
 

@@ -105,6 +105,48 @@ def test_a_cell_by_hand():
     np.testing.assert_allclose(batch["nor_conv_1x1"].var[0], var * 48 / 47, rtol=1e-5)
 
 
+@pytest.mark.parametrize("partial", [1, 2, 4])
+def test_partial_channels(partial):
+    """PC-DARTS edge after edge, channel by channel; of one part, the plain cell."""
+    edges, primitives = ((0, 1), (0, 2), (1, 2)), ("none", "skip_connect", "nor_conv_1x1")
+    share = 4 // partial
+    x = jax.random.normal(jax.random.key(0), (3, 4, 4, 4))
+    kernels = jax.random.normal(jax.random.key(1), (3, 1, 1, share, share))  # by source
+    weights = jax.random.normal(jax.random.key(2), (3, 3))
+    y, _ = dag_cell.cell(
+        {"nor_conv_1x1": kernels}, {}, None, x, weights,
+        edges=edges, primitives=primitives, partial=partial,
+        members=dag_cell.members(edges, primitives), conv=convolution.conv,
+    )  # fmt: skip
+
+    def edge(state, number):
+        through, past = state[..., :share], state[..., share:]
+        raw = np.maximum(through, 0) @ np.asarray(kernels)[number, 0, 0]
+        mean, var = raw.mean((0, 1, 2)), raw.var((0, 1, 2))
+        normalized = (raw - mean) / np.sqrt(var + EPSILON)
+        mixed = weights[number, 1] * through + weights[number, 2] * normalized
+        together, shuffled = np.concatenate([mixed, past], -1), np.empty_like(state)
+        for channel in range(4):
+            group, inside = divmod(channel, share)
+            shuffled[..., inside * partial + group] = together[..., channel]
+        return shuffled
+
+    first = edge(np.asarray(x), 0)
+    expected = edge(np.asarray(x), 1) + edge(first, 2)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_with_partial_channels():
+    network = SMALL.relaxed(num_classes=3, channels=4, partial=2)
+    x, weights = jnp.ones((2, 4, 4, 1)), jnp.ones((5, 4))
+    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, weights, train=True))
+    assert shapes["params"]["cell_0_0"]["kernels"]["nor_conv_3x3"].shape == (5, 3, 3, 2, 2)
+    with pytest.raises(ValueError, match="partial is 3; give a divisor of 4 channels"):
+        network.clone(partial=3).init(jax.random.key(0), x, weights)
+    with pytest.raises(ValueError, match="partial is 2; give 1 for a discrete network"):
+        network.clone(choice=(0,) * 5).init(jax.random.key(0), x)
+
+
 def test_affine_batch_norms_start_as_plain_ones():
     text = "|nor_conv_3x3~0|+|none~0|none~1|+|skip_connect~0|nor_conv_1x1~1|none~2|"
     x = jax.random.normal(jax.random.key(0), (4, 6, 6, 1))

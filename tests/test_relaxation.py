@@ -178,6 +178,9 @@ def test_softmax_into_nodes(x64):
     found = relaxation.softmax_into_nodes(jnp.asarray(beta))
     parts = [by_numpy(part) for part in np.split(beta, (2, 5))]
     np.testing.assert_allclose(found, np.concatenate(parts), rtol=1e-12)
+    other = relaxation.softmax_into_nodes(jnp.asarray(beta[:5]), (1, 2, 2))
+    parts = [by_numpy(part) for part in np.split(beta[:5], (1, 3))]
+    np.testing.assert_allclose(other, np.concatenate(parts), rtol=1e-12)
 
 
 def test_edge_weights_stand_beside_the_cells():
