@@ -45,6 +45,7 @@ def draw_regret(
             axes.axhline(100 * level, color=PALE, linestyle=dash, linewidth=1, label=name)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("epoch", **LABEL)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.tick_params(labelsize=7, labelcolor=INK, color=PALE)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set(color=PALE)

@@ -20,7 +20,7 @@ def survivors(
     """Where the largest alphas of every edge are; ties go to the lower operation.
 
     Args:
-      alpha: cell -> [edges, operations].
+      alpha: cell -> [..., edges, operations].
       keep: how many operations an edge keeps.
       mask: those that it had in the search of these alphas; all by default.
 
@@ -38,6 +38,6 @@ def survivors(
             )
         order = np.argsort(np.where(had, -values, np.inf), axis=-1, kind="stable")
         kept = np.zeros(values.shape, bool)
-        np.put_along_axis(kept, order[:, :keep], True, axis=-1)
+        np.put_along_axis(kept, order[..., :keep], True, axis=-1)
         found[cell] = kept
     return found

@@ -27,8 +27,17 @@ from experiments import command_line, distributed
 from experiments.enumerate_space import ImagesConfig, NetworkConfig, make_images, small_network
 from experiments.enumeration import Batch
 from experiments.metrics import Display
-from experiments.regret_methods import METHODS, Found, SearchConfig, run_searches
-from experiments.regret_report import Row, curves, differences_table, make_rows, rows_table, to_json
+from experiments.regret_methods import METHODS
+from experiments.regret_report import (
+    Row,
+    cells_table,
+    curves,
+    differences_table,
+    make_rows,
+    regret_table,
+    to_json,
+)
+from experiments.regret_searches import Found, SearchConfig, run_searches
 from experiments.run_config import RunConfig, check_run, prepare
 from experiments.workdir import opened, write_config, writing
 
@@ -198,7 +207,7 @@ def run(argv: Sequence[str]) -> None:
         with display.phase("comparing"):
             rows = make_rows(found, table, config.search.epochs)
             files = report(rows, table, workdir)
-    print_report(display.console, rows, files)
+    print_report(display.console, rows, len(table.architectures), files)
     display.console.print(
         f"next: {command_line.next_command(MODULE, argv, config.seed + config.seeds)}",
         soft_wrap=True,
@@ -206,9 +215,12 @@ def run(argv: Sequence[str]) -> None:
     )
 
 
-def print_report(console: Console, rows: dict[str, Row], files: Sequence[Path]) -> None:
-    """The tables that the experiment ends with."""
-    console.print(rows_table(rows))
+def print_report(
+    console: Console, rows: dict[str, Row], classes: int, files: Sequence[Path]
+) -> None:
+    """The tables that the experiment ends with; classes are how many a rank is of."""
+    console.print(regret_table(rows))
+    console.print(cells_table(rows, classes))
     differences = differences_table(rows)
     if differences is not None:
         console.print(differences)

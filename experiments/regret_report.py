@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import Array
+from rich import box
 from rich.table import Table
 
 from darts_jax import ground_truth, spectrum
@@ -19,10 +20,13 @@ from experiments.regret_measures import (
     random_search,
     standard_error,
 )
-from experiments.regret_methods import EXACT, METHODS, Found
+from experiments.regret_methods import EXACT, METHODS
+from experiments.regret_searches import Found
 
 FIRST = "first_order"
-ESTIMATORS = (EXACT, FIRST, "finite_difference")  # in the order of the picture
+# Panels of the picture, beside a last one of other remedies; the exact method is in all.
+ESTIMATORS = (EXACT, FIRST, "finite_difference")
+RELAXATIONS = (EXACT, "temperature", "concrete", "gumbel", "sigmoid", "dirichlet")
 # Gradients of a step by the exact method: two and a mixed product, worth two more, for the
 # hypergradient, and one of the weights.
 GRADIENTS = 5
@@ -66,10 +70,10 @@ def make_rows(found: Mapping[str, Found], table: ground_truth.Table, epochs: int
     rows = {name: _method_row(name, one, table, score) for name, one in found.items()}
     if EXACT in found:
         one = found[EXACT]
-        early = _choice_row("exact, RobustDARTS early stop", early_stopped(one), table, score)
+        early = _choice_row("RobustDARTS, early stop", early_stopped(one), table, score)
         rows["early_stop"] = early
         final = score(one.perturbed)
-        rows["perturbation"] = _row("exact, DARTS-PT selection", final, choice=one.perturbed)
+        rows["perturbation"] = _row("DARTS-PT selection", final, choice=one.perturbed)
     seeds = next(iter(found.values())).alpha.shape[1]
     for count in sorted({1, budget(epochs, table)}):
         random = random_search(table, count)
@@ -119,13 +123,15 @@ def early_stopped(found: Found) -> np.ndarray:
 
 
 def curves(rows: Mapping[str, Row]) -> tuple[list[dict[str, np.ndarray]], dict[str, float]]:
-    """Panels and levels of `regret_plots.draw_regret`: estimators, then remedies beside exact."""
+    """Panels and levels of `regret_plots.draw_regret`."""
     drawn = {name: row.curve for name, row in rows.items() if row.curve is not None}
-    remedies = [name for name in drawn if name not in ESTIMATORS]
-    groups = [[name for name in ESTIMATORS if name in drawn]]
-    if remedies:
-        groups.append([*(name for name in (EXACT,) if name in drawn), *remedies])
-    panels = [{rows[name].text: drawn[name] for name in group} for group in groups if group]
+    others = [name for name in drawn if name not in {*ESTIMATORS, *RELAXATIONS}]
+    panels = [
+        {rows[name].text: drawn[name] for name in group if name in drawn}
+        for group in (ESTIMATORS, RELAXATIONS, (EXACT, *others))
+    ]
+    # The exact method is in each for comparison, and alone says nothing.
+    panels = [panel for panel in panels if panel.keys() - {METHODS[EXACT].text}] or panels[:1]
     levels = {row.text: row.mean.test_regret for row in rows.values() if row.final is None}
     return panels, levels
 
@@ -190,14 +196,9 @@ def differences(rows: Mapping[str, Row]) -> dict[str, dict[str, Interval]]:
     return found
 
 
-def rows_table(rows: Mapping[str, Row]) -> Table:
-    """The table on the screen: mean and standard error, in percentage points."""
-    shown = Table(title="Regret", title_justify="left")
-    shown.add_column("method")
-    for name in ("test regret", "without none", "validation", "rank", "collapsed", "s/search"):
-        shown.add_column(name, justify="right")
-    shown.add_column("cost", justify="right")
-    first = rows[FIRST].seconds if FIRST in rows else None
+def regret_table(rows: Mapping[str, Row]) -> Table:
+    """Mean and standard error of the regrets, in percentage points."""
+    shown = _table("Regret, percentage points", "method", "test", "without none", "validation")
     for row in rows.values():
         without = ""
         if row.without_none is not None:
@@ -207,12 +208,35 @@ def rows_table(rows: Mapping[str, Row]) -> Table:
             _percent(row.mean.test_regret, row.error.test_regret),
             without,
             _percent(row.mean.validation_regret, row.error.validation_regret),
+        )
+    shown.add_row("best possible", "0", "", "0")
+    return shown
+
+
+def cells_table(rows: Mapping[str, Row], classes: int) -> Table:
+    """Mean and standard error of what the cells are, and what they cost."""
+    shown = _table(
+        "Cells and cost", "method", f"rank of {classes}", "collapsed, %", "s/search", "cost"
+    )
+    first = rows[FIRST].seconds if FIRST in rows else None
+    for row in rows.values():
+        shown.add_row(
+            row.text,
             f"{row.mean.rank:.1f} ± {row.error.rank:.1f}",
-            f"{row.mean.collapsed:.0%}",
+            f"{100 * row.mean.collapsed:.0f} ± {100 * row.error.collapsed:.0f}",
             "" if row.seconds is None else f"{row.seconds:.1f}",
             "" if row.seconds is None or first is None else f"{row.seconds / first:.2f}",
         )
-    shown.add_row("best possible", "0", "", "0", "1", "", "", "")
+    shown.add_row("best possible", "1", "", "", "")
+    return shown
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    """A table for 80 columns: the first's texts stay whole, the others' go on in the next line."""
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    shown.add_column(first, no_wrap=True)
+    for name in others:
+        shown.add_column(name, justify="right", overflow="fold")
     return shown
 
 
@@ -221,13 +245,8 @@ def differences_table(rows: Mapping[str, Row]) -> Table | None:
     found = differences(rows)
     if not found:
         return None
-    shown = Table(
-        title="Test regret of exact minus that of another: mean, 95% interval",
-        title_justify="left",
-    )
-    shown.add_column("other")
-    for name in ("with none", "without none"):
-        shown.add_column(name, justify="right")
+    title = "Test regret of exact minus that of another: mean, 95% interval"
+    shown = _table(title, "other", "with none", "without none")
     for name, own in found.items():
         texts = (_interval(interval) for interval in own.values())
         shown.add_row(rows[name].text, *texts)

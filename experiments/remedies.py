@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from flax.core import FrozenDict
 
 from darts_jax import data, relaxation, search, shrinking, smoothing, spectrum
 from darts_jax.operations import OPERATIONS
@@ -113,13 +114,30 @@ def facts(mask: shrinking.Mask | None) -> dict[str, str]:
     return {"surviving operations": hashlib.sha256(content).hexdigest()[:16]}
 
 
-def extend(config: RemediesConfig, network: nn.Module) -> nn.Module:
-    """The network, with the auxiliary skip connection if there is to be one."""
-    if not config.auxiliary_skip:
+def adapt(config: RemediesConfig, network: nn.Module, mask: shrinking.Mask | None) -> nn.Module:
+    """The network, without what is taken away, and with the auxiliary skip connection if any.
+
+    Raises:
+      ValueError: if an edge has nothing left but `none`.
+    """
+    names, added = network.primitives, (AUXILIARY,) if config.auxiliary_skip else ()
+    if mask is not None:
+        held = {
+            cell: tuple(tuple(np.array(names)[row].tolist()) for row in mask[cell]) for cell in mask
+        }
+        for cell, edges in held.items():
+            if ("none",) in edges:
+                raise ValueError(
+                    f"--search.remedies.keep {config.keep} leaves edge {edges.index(('none',))} of"
+                    f" the {cell} cell nothing but none; keep more"
+                )
+        candidates = {cell: tuple(own + added for own in edges) for cell, edges in held.items()}
+        network = network.clone(candidates=FrozenDict(candidates))
+    if not added:
         return network
     return network.clone(
         operations=network.operations.copy({AUXILIARY: OPERATIONS["skip_connect"]}),
-        primitives=(*network.primitives, AUXILIARY),
+        primitives=(*names, *added),
     )
 
 

@@ -152,10 +152,10 @@ def make_job(config: Config, dataset: data.Dataset, workdir: Path) -> runner.Job
     train_size, val_size = len(train.labels), len(val.labels)
     steps_per_epoch = len(data.epoch_indices(config.seed, 0, train_size, batch_size))
     own, num_steps = config.search.remedies, epochs * steps_per_epoch
-    network = remedies.extend(own, supernet(config.network, dataset.num_classes))
+    mask = remedies.survivors(own)
+    network = remedies.adapt(own, supernet(config.network, dataset.num_classes), mask)
     w = w_optimizer(config.search.w, w_schedule(config.search.w, epochs, steps_per_epoch))
     alpha = alpha_optimizer(config.search.alpha)
-    mask = remedies.survivors(own)
     relax = remedies.make_relaxation(own, mask)
     whole = remedies.with_auxiliary_skip(own, relax)
     step = remedies.make_step(

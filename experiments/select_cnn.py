@@ -118,8 +118,10 @@ def by_perturbation(
     options = config.search.remedies
     if options.relaxation == "gumbel":  # its weights without noise are one-hot: nothing to compare
         options = dataclasses.replace(options, relaxation="softmax")
-    network = remedies.extend(options, search_cnn.supernet(config.network, dataset.num_classes))
-    relax = remedies.make_relaxation(options, remedies.survivors(options))
+    mask = remedies.survivors(options)
+    network = search_cnn.supernet(config.network, dataset.num_classes)
+    network = remedies.adapt(options, network, mask)
+    relax = remedies.make_relaxation(options, mask)
     given = remedies.with_auxiliary_skip(options, relaxation.as_they_are)
     loss = search.make_loss(network, given)
     _, val = data.split_search(dataset.train, config.search.train_portion)

@@ -4,14 +4,16 @@ import dataclasses
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
 
 from darts_jax import ground_truth, isomorphism, relaxation
 from darts_jax.spaces.nasbench201_small import EDGES, PRIMITIVES
-from experiments import enumerate_space, regret, regret_measures, regret_methods, regret_report
-from experiments.regret_methods import METHODS, Found, SearchConfig
+from experiments import enumerate_space, regret, regret_measures, regret_report, regret_searches
+from experiments.regret_methods import METHODS
+from experiments.regret_searches import Found, SearchConfig
 
 NONE, SKIP, SMALL, LARGE = range(4)
 
@@ -37,6 +39,7 @@ def make_table():
 
 
 TABLE = make_table()
+run = regret_searches.run_searches
 
 
 @pytest.mark.parametrize(
@@ -106,6 +109,60 @@ def test_the_auxiliary_skip_connection_adds_to_the_skip_connection(progress, mor
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_edge_weights_multiply_those_of_operations():
+    rng = np.random.default_rng(0)
+    alpha, beta = rng.normal(size=(5, 4)).astype(np.float32), rng.normal(size=5).astype(np.float32)
+    found = METHODS["edge_weights"].relax({"cell": alpha, "cell_edges": beta})
+    operations = np.exp(alpha) / np.exp(alpha).sum(-1, keepdims=True)
+    into = np.array([destination for _, destination in EDGES])
+    power = np.exp(beta)
+    edges = power / np.array([power[into == node].sum() for node in into])
+    np.testing.assert_allclose(found, operations * edges[:, None], rtol=1e-5)
+    network = regret.table_setting(TABLE)[0]
+    start = METHODS["edge_weights"].init_alpha(jax.random.key(0), network)
+    plain = METHODS["exact"].init_alpha(jax.random.key(0), network)
+    np.testing.assert_array_equal(start["cell"], plain)
+
+
+@pytest.mark.slow
+def test_shrinking_takes_the_weakest_away():
+    """Nested from stage to stage; each begins anew, and all together have the epochs of one."""
+    network, train, val, _ = regret.table_setting(TABLE)
+    seen = []
+    found = run("shrinking", network, SearchConfig(epochs=3), [3, 4], train, val, seen.append)
+    assert seen == [1, 2, 3]
+    assert found.alpha.shape == (4, 2, 5, 4) and found.accuracy.shape == (3, 2, 2)
+    there = found.alpha > -1e8
+    assert there[:2].all()
+    np.testing.assert_array_equal(there[2:].sum(-1), np.broadcast_to([[[3]], [[2]]], (2, 2, 5)))
+    for before, after in zip(found.alpha[1:], there[2:], strict=False):
+        weakest = np.where(before > -1e8, before, np.inf).argmin(-1)
+        assert not np.take_along_axis(after, weakest[..., None], -1).any()
+    plain = run("exact", network, SearchConfig(epochs=1), [3, 4], train, val, seen.append)
+    np.testing.assert_array_equal(found.alpha[:2], plain.alpha)
+    np.testing.assert_array_equal(regret_measures.derive(found.alpha[-1], PRIMITIVES).shape, (2, 5))
+
+
+def test_panels_of_the_picture():
+    curve = np.zeros((3, 2))
+    rows = {
+        name: regret_report.Row(method.text, None, None, curve=curve, final=())
+        for name, method in METHODS.items()
+    }
+    panels, levels = regret_report.curves(rows)
+    exact = METHODS["exact"].text
+    assert [len(panel) for panel in panels] == [3, 6, 7] and not levels
+    assert all(next(iter(panel)) == exact for panel in panels)
+    assert set().union(*panels) == {method.text for method in METHODS.values()}
+    for names, expected in (
+        (["exact"], [[exact]]),
+        (["exact", "random"], [[exact, "SmoothDARTS, random"]]),
+        (["gumbel"], [[METHODS["gumbel"].text]]),
+    ):
+        panels, _ = regret_report.curves({name: rows[name] for name in names})
+        assert [list(panel) for panel in panels] == expected
+
+
 def test_early_stopping_goes_back_by_seed():
     epochs = 12
     alpha = np.random.default_rng(0).normal(size=(epochs + 1, 2, 5, 4))
@@ -129,7 +186,7 @@ def test_the_budget_of_random_search(epochs, count):
 def test_every_method_moves_alpha(name):
     network, train, val, _ = regret.table_setting(TABLE)
     config, seeds = SearchConfig(epochs=1), [3, 4]
-    found = regret_methods.run_searches(name, network, config, seeds, train, val, lambda done: None)
+    found = run(name, network, config, seeds, train, val, lambda done: None)
     assert np.isfinite(found.alpha).all()
     assert (found.alpha[0] != found.alpha[1]).mean() > 0.9
     assert (found.alpha[0, 0] != found.alpha[0, 1]).all()  # of two seeds

@@ -11,11 +11,13 @@ import pytest
 from tiny_network import TinyNetwork
 
 from darts_jax import genotype, hypergradient, relaxation, search
+from darts_jax.genotype import CNN_PRIMITIVES
 from darts_jax.networks import Supernet
 from experiments import remedies, search_cnn, select_cnn
 from experiments.remedies import REMOVED, RemediesConfig
 
 OFF = RemediesConfig()
+CELLS = ("normal", "reduce")
 OPTIMIZER = optax.sgd(0.1)
 
 
@@ -69,7 +71,7 @@ def test_all_off_is_plain_darts_bit_for_bit():
         results.append((state.w, state.alpha, state.carry, metrics))
     jax.tree.map(np.testing.assert_array_equal, *results)
     assert remedies.make_relaxation(OFF, None) is relaxation.softmax
-    assert remedies.extend(OFF, network) is network
+    assert remedies.adapt(OFF, network, None) is network
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,31 @@ def test_shrinking_goes_on_from_an_earlier_search(folder):
     assert remedies.facts(third) != remedies.facts(remedies.survivors(replace(own, keep=3)))
     with pytest.raises(ValueError, match="keep is 4; .* give 1 to 3"):
         remedies.survivors(replace(own, keep=4))
+
+
+def test_what_is_taken_away_has_no_parameters():
+    """The auxiliary skip connection stays on every edge."""
+    names, plain = CNN_PRIMITIVES, Supernet(2, 3, 10, nodes=1)
+    kept = ("none", "skip_connect", "sep_conv_3x3"), ("max_pool_3x3", "sep_conv_3x3", "none")
+    mask = {cell: np.array([[n in own for n in names] for own in kept]) for cell in CELLS}
+    network = remedies.adapt(replace(OFF, auxiliary_skip=0.5), plain, mask)
+    first = ("none", "skip_connect", "sep_conv_3x3", remedies.AUXILIARY)
+    assert set(network.candidates) == set(CELLS)
+    assert network.candidates["normal"][0] == first
+    assert network.candidates["reduce"][1][-1] == remedies.AUXILIARY
+    weights = {cell: jnp.zeros((2, 9)) for cell in CELLS}
+    image = jnp.zeros((1, 8, 8, 1))
+    params = jax.eval_shape(lambda: network.init(jax.random.key(0), image, weights, train=True))
+    edges = params["params"]["cell_1"]["edges"]
+    assert set(edges) == {"skip_connect", "sep_conv_3x3", remedies.AUXILIARY}
+    rows = {name: next(iter(leaves.values())).shape[0] for name, leaves in edges.items()}
+    assert rows == {"skip_connect": 1, "sep_conv_3x3": 2, remedies.AUXILIARY: 2}
+
+    alone = {cell: mask[cell] & (np.array(names) == "none") for cell in CELLS}
+    with pytest.raises(
+        ValueError, match="keep 1 leaves edge 0 of the normal cell nothing but none"
+    ):
+        remedies.adapt(replace(OFF, keep=1), plain, alone)
 
 
 def test_the_eigenvalue_is_recorded_and_drawn(folder, monkeypatch):
@@ -217,7 +244,7 @@ def test_errors_are_one_line(folder, capsys, fields, message):
 
 def test_an_auxiliary_skip_is_an_operation_more():
     config = replace(OFF, auxiliary_skip=0.5)
-    network = remedies.extend(config, Supernet(2, 3, 10, nodes=1))
+    network = remedies.adapt(config, Supernet(2, 3, 10, nodes=1), None)
     assert network.primitives[-1] == remedies.AUXILIARY in network.operations
     alpha = remedies.init_alpha(config)(jax.random.key(0), network)
     plain = search.init_alpha(jax.random.key(0), Supernet(2, 3, 10, nodes=1))

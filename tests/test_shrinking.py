@@ -8,6 +8,14 @@ from darts_jax import relaxation, shrinking
 ALPHA = {"normal": [[0.3, 0.1, 0.2, 0.4], [0.5, 0.5, 0.5, 0.0]]}
 
 
+def test_survivors_of_several_searches():
+    several = {"normal": np.stack([ALPHA["normal"], np.negative(ALPHA["normal"])])}
+    found = shrinking.survivors(several, 2)["normal"]
+    for i, values in enumerate(several["normal"]):
+        alone = shrinking.survivors({"normal": values}, 2)["normal"]
+        np.testing.assert_array_equal(found[i], alone)
+
+
 def test_survivors_are_the_largest():
     first = shrinking.survivors(ALPHA, 3)
     np.testing.assert_array_equal(first["normal"], [[1, 0, 1, 1], [1, 1, 1, 0]])

@@ -19,6 +19,7 @@ class TinyNetwork(nn.Module):
     primitives: tuple[str, ...] = CNN_PRIMITIVES
     batch_norm_groups: int = 1
     partial: int = 1
+    candidates: Mapping | None = None
 
     @property
     def weight_shapes(self) -> dict[str, tuple[int, int]]:
