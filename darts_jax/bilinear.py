@@ -14,7 +14,7 @@ from jax.interpreters import ad, batching
 from jax.sharding import PartitionSpec as P
 
 from darts_jax import native
-from darts_jax.linear import add
+from darts_jax.polynomial import add
 
 
 def bilinear(

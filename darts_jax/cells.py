@@ -15,6 +15,7 @@ the others pass by them.
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ import numpy as np
 from jax import Array, lax
 
 from darts_jax import genotype, native
-from darts_jax.linear import join, split
+from darts_jax.linear import copies, join, split
 from darts_jax.mixing import mix
 from darts_jax.operations import (
     EPSILON,
@@ -32,8 +33,10 @@ from darts_jax.operations import (
     Operation,
     moments,
     normalize,
+    standardize,
     unbiased,
 )
+from darts_jax.polynomial import add, inverse_root, polynomial
 from darts_jax.pooling import first_max
 
 PyTree = Any
@@ -156,13 +159,13 @@ def relaxed(
         _give_keys(parts, jax.random.split(key, weights.shape), groups, columns)
     running_parts = iter(() if running is None else _split_rows(running, groups))
     mixes = _mixing(weights, groups, columns)
-    states, nodes = list(inputs), {}
+    states, arrived = list(inputs), defaultdict(list)
     share = inputs[0].shape[-1] // partial
     nothing = jnp.zeros((0, share), inputs[0].dtype)
     gathered = [Moments(nothing, nothing)]
     for group, own_mix, part in zip(groups, mixes, parts, strict=True):
         if group.state == len(states):
-            states.append(nodes[group.state][..., 0, :])
+            states.append(add(*arrived.pop(group.state))[..., 0, :])
         x = states[group.state]
         mixed, batch = mixed_operation(
             part,
@@ -180,8 +183,9 @@ def relaxed(
         # Split rather than slice: its gradient is one concatenation, not a sum of padded slices.
         arrivals = lax.split(mixed, [1] * len(group.edges), axis=3)
         for node, arriving in zip(group.destinations, arrivals, strict=True):
-            nodes[node] = nodes[node] + arriving if node in nodes else arriving
-    output = lax.concatenate([nodes[j] for j in sorted(nodes)], 4)[..., 0, :]
+            arrived[node].append(arriving)
+    states += [add(*arrived[node])[..., 0, :] for node in sorted(arrived)]
+    output = lax.concatenate(states[2:], 3)
     if running is not None:
         return output, None
     return output, jax.tree.map(lambda *rows: join(rows), *gathered)
@@ -256,7 +260,7 @@ def _mixing(weights: Array, groups: Sequence[Group], columns: Mapping[str, int])
         for group in groups
     ]
     rows, places = np.concatenate(pairs).T
-    flat = lax.split(weights[rows, places], [len(own) for own in pairs])
+    flat = split(weights[rows, places], [len(own) for own in pairs])
     return [part.reshape(len(g.edges), -1) for part, g in zip(flat, groups, strict=True)]
 
 
@@ -300,23 +304,25 @@ def mixed_operation(
       [N, H', W', K, C], and the unbiased moments [K, C] of each batch norm in the order of
       `norms`, if running is None.
     """
-    shape = (weights.shape[0], x.shape[-1])
+    by_kernels = native.preferred(x.dtype)
+    shape = (weights.shape[0], x.shape[-1] if by_kernels else 1)
+    columns = split(
+        jnp.broadcast_to(weights.T[..., None], (len(operations), *shape)).reshape(-1, shape[1]),
+        [shape[0]] * len(operations),
+    )
     inner_moments: list[Moments] = []
-
-    def record(batch: Moments, count: int) -> Moments:
-        inner_moments.append(unbiased(batch, count))
-        return batch
-
     outputs, chosen, others = {}, [], []
-    columns = [row[0] for row in split(weights.T[..., None], [1] * len(operations))]
-    for (name, operation), column in zip(operations.items(), columns, strict=True):
+    states = copies(x, len(operations))
+    for (name, operation), state, column in zip(operations.items(), states, columns, strict=True):
 
         def norm(inner: str, y: Array, name: str = name) -> Array:
             if running is not None:
                 return normalize(y, running[name, inner])
-            return normalize(y, record(moments(y), math.prod(y.shape[:3])))
+            y, batch = standardize(y)
+            inner_moments.append(unbiased(batch, math.prod(y.shape[:3])))
+            return y
 
-        y = operation.apply(kernels.get(name, {}), x, stride, norm)
+        y = operation.apply(kernels.get(name, {}), state, stride, norm)
         if operation.normalized(stride):
             outputs[name] = y
             chosen.append(column)
@@ -326,52 +332,61 @@ def mixed_operation(
     if not outputs:
         return sum(y * factors for y, factors in others), inner_moments
     stats = None if running is None else [running[name, "norm"] for name in outputs]
-    total_of = _sum_by_kernels if native.preferred(x.dtype) else _sum_beside
-    total, batch = total_of(list(outputs.values()), jnp.stack(chosen), stats, others, shape)
+    total_of = _sum_by_kernels if by_kernels else _sum_beside
+    total, each = total_of(list(outputs.values()), chosen, stats, others)
     if running is not None:
         return total, []
-    last = unbiased(batch, math.prod(total.shape[:3]))
-    return total, [*inner_moments, jax.tree.map(lambda m: m.reshape(-1, shape[1]), last)]
+    count = math.prod(total.shape[:3])
+    return total, [*inner_moments, *(unbiased(batch, count) for batch in each)]
 
 
 def _sum_by_kernels(
     images: list[Array],
-    weights: Array,
+    weights: list[Array],
     stats: list[Moments] | None,
     others: list[tuple[Array, Array]],
-    shape: tuple[int, int],
-) -> tuple[Array, Moments]:
-    """Sum of normalised images times weights [images, K, 1], and of others, images times factors.
+) -> tuple[Array, list[Moments]]:
+    """Sum of normalised images times weights [K, C], and of others, images times factors.
 
     Returns:
-      [N, H', W', K, C], and the moments [images, K, C] that the images were normalised by.
+      [N, H', W', K, C], and the moments [K, C] that each image was normalised by.
     """
-    each = [moments(y) for y in images] if stats is None else stats
-    # Side by side: what is small is computed by a few array operations, not a few for each.
-    batch = jax.tree.map(lambda *m: jnp.stack([jnp.broadcast_to(x, shape) for x in m]), *each)
-    scale = weights * lax.rsqrt(batch.var + EPSILON)
-    # Split rather than iterated over: its gradient is one concatenation, not a sum of padded rows.
-    factors = [row[0] for row in split(scale, [1] * len(images))]
-    factors += [jnp.broadcast_to(factor, shape) for _, factor in others]
-    total = mix([*images, *(y for y, _ in others)], factors, -(scale * batch.mean).sum(0))
-    return total, batch
+    if stats is None:
+        pairs = [copies(y, 2) for y in images]
+        images, stats = [y for y, _ in pairs], [moments(y) for _, y in pairs]
+    # An image that is the same on every edge has moments of one.
+    edges = len(weights[0])
+    stats = [
+        own if len(own.var) == edges else Moments(*(join(copies(m, edges)) for m in own))
+        for own in stats
+    ]
+    scales = [
+        copies(polynomial((1.0, (weight, inverse_root(own.var, EPSILON)))), 2)
+        for weight, own in zip(weights, stats, strict=True)
+    ]
+    shift = polynomial(
+        *((-1.0, (scale, own.mean)) for (scale, _), own in zip(scales, stats, strict=True))
+    )
+    factors = [scale for _, scale in scales] + [factor for _, factor in others]
+    return mix([*images, *(y for y, _ in others)], factors, shift), stats
 
 
 def _sum_beside(
     images: list[Array],
-    weights: Array,
+    weights: list[Array],
     stats: list[Moments] | None,
     others: list[tuple[Array, Array]],
-    shape: tuple[int, int],
-) -> tuple[Array, Moments]:
-    """The same where XLA compiles it: all images side by side, to be a few array operations."""
+) -> tuple[Array, list[Moments]]:
+    """The same where XLA compiles it: all images side by side, to be a few array operations.
+
+    Weights and factors are [K, 1].
+    """
+    shape = (weights[0].shape[0], images[0].shape[-1])
     beside = lax.concatenate(
         [jnp.broadcast_to(y, (*y.shape[:3], *shape))[:, :, :, None] for y in images], 3
     )
-    if stats is None:
-        batch = moments(beside)
-    else:
-        batch = jax.tree.map(lambda *m: jnp.stack(m), *stats)
-    scale = weights * lax.rsqrt(batch.var + EPSILON)
+    batch = moments(beside) if stats is None else jax.tree.map(lambda *m: jnp.stack(m), *stats)
+    scale = jnp.stack(weights) * lax.rsqrt(batch.var + EPSILON)
     total = (beside * scale).sum(3) - (scale * batch.mean).sum(0)
-    return total + sum(y * factor for y, factor in others), batch
+    rows = jax.tree.map(lambda m: m.reshape(-1, shape[1]), batch)
+    return total + sum(y * factor for y, factor in others), [rows]

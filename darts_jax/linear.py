@@ -1,4 +1,4 @@
-"""Sums of two arrays, and arrays cut along their first axis or put together.
+"""Arrays cut along their first axis, put together, or read several times.
 
 On CPUs with kernels (`native`) these are calls of them: a search has hundreds of each, which XLA
 compiles one by one, longer than all else.
@@ -7,17 +7,19 @@ compiles one by one, longer than all else.
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from darts_jax import native
+from darts_jax.polynomial import add
 
 
-def add(x: Array, y: Array) -> Array:
-    """x + y, of one shape."""
-    return _add_p.bind(x, y) if native.preferred(x.dtype) else x + y
+def copies(x: Array, count: int) -> list[Array]:
+    """x so many times: their cotangents are added in one go, by a kernel."""
+    if native.preferred(x.dtype):
+        return _copies_p.bind(x, count=count)
+    return [x] * count
 
 
 def split(x: Array, sizes: Sequence[int]) -> list[Array]:
@@ -34,7 +36,9 @@ def join(parts: Sequence[Array]) -> Array:
     return lax.concatenate(parts, 0)
 
 
-def _primitive(name: str, function: Callable, multiple: bool = False) -> Primitive:
+def _primitive(
+    name: str, function: Callable, target: str | None = None, multiple: bool = False
+) -> Primitive:
     primitive = Primitive(f"rows_{name}")
     primitive.multiple_results = multiple
 
@@ -42,7 +46,7 @@ def _primitive(name: str, function: Callable, multiple: bool = False) -> Primiti
         out = jax.eval_shape(lambda *a: function(*a, **params), *args)
         return jax.tree.map(lambda x: jax.core.ShapedArray(x.shape, x.dtype), out)
 
-    native.define(primitive, function, abstract, name)
+    native.define(primitive, function, abstract, target)
 
     def batch(args, dims, **params):
         out = jax.vmap(lambda *a: function(*a, **params), in_axes=tuple(dims))(*args)
@@ -56,24 +60,10 @@ def _instantiated(args):
     return [ad.instantiate_zeros(arg) for arg in args]
 
 
-def _add_jvp(primals, tangents):
-    out = _add_p.bind(*primals)
-    nonzero = [t for t in tangents if type(t) is not ad.Zero]
-    if len(nonzero) == 2:
-        return out, _add_p.bind(*nonzero)
-    return out, nonzero[0] if nonzero else ad.Zero(jax.typeof(out).to_tangent_aval())
-
-
-def _undefined(ct, *args):
-    return [ct if ad.is_undefined_primal(arg) else None for arg in args]
-
-
-_add_p = _primitive("add", jnp.add)
-ad.primitive_jvps[_add_p] = _add_jvp
-ad.primitive_transposes[_add_p] = _undefined
-
-_split_p = _primitive("split", lambda x, *, sizes: list(lax.split(x, sizes)), multiple=True)
-_join_p = _primitive("join", lambda *parts: lax.concatenate(parts, 0))
+_split_p = _primitive(
+    "split", lambda x, *, sizes: list(lax.split(x, sizes)), "split", multiple=True
+)
+_join_p = _primitive("join", lambda *parts: lax.concatenate(parts, 0), "join")
 ad.primitive_jvps[_split_p] = lambda primals, tangents, *, sizes: (
     _split_p.bind(*primals, sizes=sizes),
     _split_p.bind(*_instantiated(tangents), sizes=sizes),
@@ -95,3 +85,13 @@ def _join_transpose(ct, *parts):
 
 
 ad.primitive_transposes[_join_p] = _join_transpose
+
+
+_copies_p = _primitive("copies", lambda x, *, count: [x] * count, multiple=True)
+ad.primitive_jvps[_copies_p] = lambda primals, tangents, *, count: (
+    _copies_p.bind(*primals, count=count),
+    _copies_p.bind(*tangents, count=count),
+)
+ad.primitive_transposes[_copies_p] = lambda cts, x, *, count: [
+    add(*(ct for ct in cts if type(ct) is not ad.Zero))
+]

@@ -14,6 +14,7 @@ from jax.interpreters import ad, batching
 
 from darts_jax import native
 from darts_jax.bilinear import bilinear
+from darts_jax.polynomial import add, polynomial
 
 PIXELS = (0, 1, 2)
 
@@ -41,7 +42,7 @@ def mean(x: Array) -> Array:
 
 def mean_and_variance(x: Array) -> tuple[Array, Array]:
     """Mean and biased variance over the pixels of x [N, H, W, ...], two arrays [...]."""
-    mean, variance = _moments_p.bind(x, x) if native.preferred(x.dtype) else _plain_moments(x)
+    mean, variance = _own_moments_p.bind(x) if native.preferred(x.dtype) else _plain_moments(x)
     return mean, variance
 
 
@@ -77,7 +78,9 @@ def _count(x) -> int:
 
 
 def _sum(x):
-    return mean(x) * _count(x) if _count(x) else jnp.zeros(x.shape[3:], x.dtype)
+    if not _count(x):
+        return jnp.zeros(x.shape[3:], x.dtype)
+    return polynomial((_count(x), (mean(x),)))
 
 
 def _pull_image(ct, x, factors):
@@ -108,9 +111,13 @@ _fold_p = bilinear(
 
 
 def _primitive(
-    name: str, function: Callable, shape: Callable, target: str, results: int | None = None
+    name: str,
+    function: Callable,
+    shape: Callable,
+    target: str | None = None,
+    results: int | None = None,
 ) -> Primitive:
-    """A primitive that XLA compiles, or for which a kernel is called where it is there.
+    """A primitive that XLA compiles, or for which the kernel `target` is called where it is there.
 
     With `results`, it has so many of one shape, else one, and not in a list.
     """
@@ -174,37 +181,45 @@ def _moments(x, y):
 def _moments_jvp(primals, tangents):
     # Mean of y, and covariance of x and y, which is bilinear.
     (x, y), (x_dot, y_dot) = primals, tangents
-    same, (mean, covariance) = x is y and x_dot is y_dot, _moments_p.bind(x, y)
-    mean_dot, covariance_dot = (
-        ad.Zero(jax.typeof(part).to_tangent_aval()) for part in (mean, covariance)
-    )
+    mean, covariance = _moments_p.bind(x, y)
+    mean_dot, terms = ad.Zero(jax.typeof(mean).to_tangent_aval()), []
     if type(y_dot) is not ad.Zero:
-        mean_dot, covariance_dot = _moments_p.bind(x, y_dot)
-        if same:
-            return [mean, covariance], [mean_dot, 2 * covariance_dot]
+        mean_dot, term = _moments_p.bind(x, y_dot)
+        terms.append(term)
     if type(x_dot) is not ad.Zero:
-        _, other = _moments_p.bind(y, x_dot)
-        covariance_dot = ad.add_tangents(covariance_dot, other)
-    return [mean, covariance], [mean_dot, covariance_dot]
+        terms.append(_moments_p.bind(y, x_dot)[1])
+    return [mean, covariance], [mean_dot, add(*terms)]
 
 
 def _moments_transpose(cts, x, y):
     """Of the means of y and (x - mean x) y: y is what is not known."""
     mean_ct, covariance_ct = cts
-    count, shape = _count(y.aval), y.aval.shape
+    share = 1 / max(_count(y.aval), 1)  # of no images the cotangent has no elements
     if type(covariance_ct) is ad.Zero:
-        bias = ad.instantiate_zeros(mean_ct) / count
-        return [None, jnp.broadcast_to(bias, shape)]
-    factors = covariance_ct / count
+        bias = polynomial((share, (ad.instantiate_zeros(mean_ct),)))
+        return [None, jnp.broadcast_to(bias, y.aval.shape)]
     mean, _ = mean_and_variance(x)  # as going forward: XLA computes it once
-    bias = -mean * factors
-    bias = bias if type(mean_ct) is ad.Zero else bias + mean_ct / count
-    return [None, mix([x], [factors], bias)]
+    bias = [(-share, (mean, covariance_ct))]
+    if type(mean_ct) is not ad.Zero:
+        bias.append((share, (mean_ct,)))
+    return [None, mix([x], [polynomial((share, (covariance_ct,)))], polynomial(*bias))]
+
+
+def _own_moments_jvp(primals, tangents):
+    # The covariance with itself changes by twice that with the tangent.
+    (x,), (x_dot,) = primals, tangents
+    mean_dot, covariance_dot = _moments_p.bind(x, x_dot)
+    return _own_moments_p.bind(x), [mean_dot, polynomial((2.0, (covariance_dot,)))]
 
 
 _moments_p = _primitive("moments", _moments, lambda x, y: x.shape[3:], "moments", results=2)
 ad.primitive_jvps[_moments_p] = _moments_jvp
 ad.primitive_transposes[_moments_p] = _moments_transpose
+
+_own_moments_p = _primitive(
+    "own_moments", lambda x: _moments_p.bind(x, x), lambda x: x.shape[3:], results=2
+)
+ad.primitive_jvps[_own_moments_p] = _own_moments_jvp
 
 _mean_p = _primitive("pixel_mean", lambda x: x.mean(PIXELS), lambda x: x.shape[3:], "mean")
 ad.deflinear2(_mean_p, lambda ct, x: [jnp.broadcast_to(ct / _count(x.aval), x.aval.shape)])

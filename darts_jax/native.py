@@ -45,7 +45,8 @@ def define(
       function: `function(*arrays, **params)`, what XLA compiles.
       abstract: `abstract(*avals, **params)`, the results' avals.
       target: the kernel that computes the same on CPUs, used if it is there.
-      attributes: the parameters that the kernel takes, integers or booleans.
+      attributes: the parameters that the kernel takes: booleans, integers, floats, or tuples of
+        them.
     """
 
     @lru_cache
@@ -90,5 +91,6 @@ def _is_partitioned(axes) -> bool:
     return getattr(axes, "num_devices", 1) not in (None, 1)
 
 
-def _attribute(value: int | bool):
-    return value if isinstance(value, bool) else np.int64(value)
+def _attribute(value: bool | int | float | tuple[int, ...] | tuple[float, ...]):
+    """As a kernel reads it: integers of 64 bits, floats likewise, tuples as arrays."""
+    return value if isinstance(value, bool) else np.asarray(value)[()]

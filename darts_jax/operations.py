@@ -22,8 +22,10 @@ from jax import Array, lax
 from darts_jax import native
 from darts_jax.convolution import conv
 from darts_jax.depthwise import depthwise
+from darts_jax.linear import copies
 from darts_jax.mixing import mean_and_variance, mix, relu
 from darts_jax.pointwise import pointwise
+from darts_jax.polynomial import inverse_root, polynomial
 from darts_jax.pooling import max_pool
 
 EPSILON = 1e-5  # of batch norm
@@ -75,17 +77,25 @@ def moments(y: Array) -> Moments:
 
 def normalize(y: Array, stats: Moments) -> Array:
     """Batch norm without scale and shift: (y - mean) / sqrt(var + 1e-5)."""
-    factors = lax.rsqrt(stats.var + EPSILON)
+    factors = inverse_root(stats.var, EPSILON)
     if not native.preferred(y.dtype):
         return (y - stats.mean) * factors
+    factor, own = copies(factors, 2)
     shape = jnp.broadcast_shapes(stats.mean.shape, y.shape[3:])
-    shift = -stats.mean * factors
-    return mix([y], [jnp.broadcast_to(factors, shape)], jnp.broadcast_to(shift, shape))
+    shift = jnp.broadcast_to(polynomial((-1.0, (stats.mean, own))), shape)
+    return mix([y], [jnp.broadcast_to(factor, shape)], shift)
+
+
+def standardize(y: Array) -> tuple[Array, Moments]:
+    """`normalize` by the moments of y itself, and these."""
+    first, second = copies(y, 2)
+    batch = moments(first)
+    return normalize(second, batch), batch
 
 
 def unbiased(batch: Moments, count: int) -> Moments:
     """Moments of `count` values, N * H * W, their variance made unbiased."""
-    return Moments(batch.mean, batch.var * (count / max(count - 1, 1)))
+    return Moments(batch.mean, polynomial((count / max(count - 1, 1), (batch.var,))))
 
 
 def update_running(running: Moments, batch: Moments) -> Moments:
@@ -109,9 +119,12 @@ def batch_norm(
       [N, H, W, ...] of y's dtype, and the batch's unbiased moments, or running as it is.
     """
     wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
-    batch = moments(wide) if running is None else running
-    normalized = (normalize(wide, batch) * scale + bias).astype(y.dtype)
-    return normalized, unbiased(batch, math.prod(y.shape[:3])) if running is None else running
+    if running is None:
+        normalized, batch = standardize(wide)
+        running = unbiased(batch, math.prod(y.shape[:3]))
+    else:
+        normalized = normalize(wide, running)
+    return (normalized * scale + bias).astype(y.dtype), running
 
 
 def compose(depthwise_kernel: Array, pointwise_kernel: Array) -> Array:

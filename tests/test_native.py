@@ -17,9 +17,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from darts_jax import native
 from darts_jax.depthwise import depthwise
-from darts_jax.linear import add, join, split
+from darts_jax.linear import join, split
 from darts_jax.mixing import mean, mean_and_variance, mix, relu
 from darts_jax.pointwise import pointwise
+from darts_jax.polynomial import add, inverse_root
 from darts_jax.pooling import max_pool
 
 FEW, MANY, FACTORS = (4, 5, 6, 3), (4, 5, 6, 2, 3), (2, 3)
@@ -34,6 +35,7 @@ FUNCTIONS = {
     "relu": (relu, (MANY,), ()),
     "max_pool": (partial(max_pool, stride=2), (FEW,), ()),
     "add": (add, (MANY, MANY), ()),
+    "inverse_root": (lambda x: inverse_root(x, 9.0), (MANY,), ()),
     "split": (lambda x: split(x, (1, x.shape[0] - 1)), (MANY,), ()),
     "join": (lambda x, y: join([x, y]), (MANY, MANY), ()),
 }

@@ -11,7 +11,7 @@ _NAMES = (
     *("apply", "outer"),
     *("mean", "dot", "moments"),
     *("mix", "fold", "relu", "gate"),
-    *("add", "split", "join"),
+    *("polynomial", "inverse_root", "split", "join"),
     *("pool_index", "pool_take", "pool_put"),
 )
 _TYPES = ("f32", "f64")

@@ -1,5 +1,4 @@
-// Sums of two arrays, and arrays cut along their first axis or put together, for XLA's FFI. They are
-// kernels for the sake of compilation: a search has hundreds of each, which XLA compiles one by one.
+// Arrays cut along their first axis or put together, for XLA's FFI. They are kernels for the sake of compilation: a search has hundreds of each, which XLA compiles one by one.
 
 #include <cstring>
 
@@ -7,32 +6,6 @@
 
 namespace darts_jax {
 namespace {
-
-constexpr int64_t PIECE = 1 << 14;  // elements
-
-template <typename T>
-INLINE void add(const T* __restrict a, const T* __restrict b, int64_t size, T* __restrict out) {
-  for (int64_t i = 0; i < size; ++i) out[i] = a[i] + b[i];
-}
-CLONES void add_piece(const float* a, const float* b, int64_t size, float* out) {
-  add(a, b, size, out);
-}
-CLONES void add_piece(const double* a, const double* b, int64_t size, double* out) {
-  add(a, b, size, out);
-}
-
-template <ffi::DataType type>
-ffi::Error Add(ffi::ThreadPool pool, ffi::Buffer<type> a, ffi::Buffer<type> b,
-               ffi::ResultBuffer<type> out) {
-  const int64_t size = a.element_count();
-  const auto *x = a.typed_data(), *y = b.typed_data();
-  auto* to = out->typed_data();
-  in_parallel(pool, (size + PIECE - 1) / PIECE, [&](int64_t i) {
-    const int64_t first = i * PIECE;
-    add_piece(x + first, y + first, std::min(PIECE, size - first), to + first);
-  });
-  return ffi::Error::Success();
-}
 
 template <ffi::DataType type>
 ffi::Error Split(ffi::Buffer<type> whole, ffi::RemainingRets parts) {
@@ -72,8 +45,6 @@ auto JoinBinding() {
 
 using namespace darts_jax;
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_add_f32, Add<ffi::F32>, Two<ffi::F32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_add_f64, Add<ffi::F64>, Two<ffi::F64>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_split_f32, Split<ffi::F32>, SplitBinding<ffi::F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_split_f64, Split<ffi::F64>, SplitBinding<ffi::F64>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(darts_jax_join_f32, Join<ffi::F32>, JoinBinding<ffi::F32>());
