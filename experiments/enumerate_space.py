@@ -27,10 +27,11 @@ from darts_jax import data, ground_truth, isomorphism
 from darts_jax.dag_network import Network, one_hot
 from darts_jax.files import write_bytes
 from darts_jax.spaces.nasbench201_small import EDGES, PRIMITIVES, SPACE
-from experiments import command_line, distributed
+from experiments import command_line
 from experiments.enumeration import Images, batched, make_train, pooled, sgd
+from experiments.errors import NonFinite
 from experiments.metrics import Display
-from experiments.run_config import RunConfig, check_run, prepare
+from experiments.run_config import DeviceConfig, prepare_device
 from experiments.workdir import APART, opened, write_config, writing
 
 MODULE = "experiments.enumerate_space"
@@ -95,7 +96,7 @@ class Config:
     """Networks that are trained at once, which decides about memory and speed alone."""
     seed: int = 0
     """Of everything random."""
-    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
+    run: tyro.conf.OmitArgPrefixes[DeviceConfig] = field(default_factory=DeviceConfig)
     workdir: Path | None = None
     """Folder to write to, and to resume from; None for runs/enumerate_space-PRESET-seedSEED."""
 
@@ -170,6 +171,8 @@ def make_train_group(
 ) -> Callable[[Group], np.ndarray]:
     """A function from a group to its right predictions, uint16 [A, epochs, 2].
 
+    It raises NonFinite, which names a network, if the weights of one are not finite.
+
     Raises:
       ValueError: if the images are too few, or cannot be pooled.
     """
@@ -185,11 +188,26 @@ def make_train_group(
         weights = one_hot(representatives[group.classes], len(PRIMITIVES))
         state, right = init(keys, weights, images.train.image), []
         for number in range(config.train.epochs):
-            state, count = epoch(state, number, images)
+            state, count, finite = epoch(state, number, images)
+            _require_finite(group, number + 1, np.asarray(finite), representatives)
             right.append(np.asarray(count))
         return np.stack(right, 1).astype(np.uint16)
 
     return train_group
+
+
+def _require_finite(
+    group: Group, epoch: int, finite: np.ndarray, representatives: np.ndarray
+) -> None:
+    bad = np.unique(group.classes[~finite])
+    if bad.size:
+        names = " ".join(PRIMITIVES[o] for o in representatives[bad[0]])
+        more = f", and of {bad.size - 1} more," if bad.size > 1 else ""
+        raise NonFinite(
+            f"epoch {epoch}: the weights of architecture {names}, seed {group.seed}{more} are not"
+            " finite. Finished groups are kept; train anew with a lower --train.learning-rate in"
+            " another --workdir"
+        )
 
 
 def train_all(
@@ -270,7 +288,6 @@ def check(config: Config) -> None:
             f" {config.data.train} images of --data.train"
         )
     command_line.check_seed(config.seed)
-    check_run(config.run)
 
 
 def summary(table: ground_truth.Table, chance: float, workdir: Path, command: str) -> Table:
@@ -306,11 +323,10 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command line."""
     with command_line.user_errors():
         preset, config = command_line.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
-        distributed.require_single(config.run.distributed)
-        prepare(config.run)
+        prepare_device(config.run)
         check(config)
     workdir = config.workdir or Path("runs") / f"enumerate_space-{preset}-seed{config.seed}"
-    with opened(workdir, config, config.run.fork) as workdir, Display() as display:
+    with opened(workdir, config) as workdir, Display() as display:
         with command_line.user_errors(), display.phase(f"loading {config.data.name}"):
             dataset = data.load(config.data.name, config.data.path)
         facts = {

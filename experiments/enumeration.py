@@ -94,8 +94,9 @@ def make_train(
 
     Returns:
       init: `(keys [A], weights [A, edges, candidates], image [N, H, W, C]) -> Run`, A of them.
-      epoch: `(run, number, images) -> (run, right)`, one pass over the training images in an order
-        of each network's own; right, int32 [A, 2], counts right predictions of val and test.
+      epoch: `(run, number, images) -> (run, right, finite)`, one pass over the training images in
+        an order of each network's own; right, int32 [A, 2], counts right predictions of val and
+        test; finite, bool [A], says that no weight and no statistic is NaN or infinite after it.
     """
 
     def init(key, weights, image):
@@ -133,7 +134,10 @@ def make_train(
             return step(run, jax.tree.map(lambda x: x[indices], images.train)), None
 
         run, _ = lax.scan(advance, run, order)
-        return run, jnp.stack([count_right(run, images.val), count_right(run, images.test)])
+        right = jnp.stack([count_right(run, images.val), count_right(run, images.test)])
+        # A loss that is NaN makes the gradient so, and a weight that is NaN remains it.
+        leaves = jax.tree.leaves((run.params, run.stats))
+        return run, right, jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
     return (
         jax.jit(jax.vmap(init, in_axes=(0, 0, None))),

@@ -9,7 +9,8 @@ docs/ground_truth.md. The same command resumes, from the last method that was fi
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from darts_jax.dag_network import Network
 from darts_jax.files import write_arrays, write_text
 from darts_jax.genotype import nearest
 from darts_jax.spaces.nasbench201_small import EDGES, PRIMITIVES
-from experiments import command_line, distributed
+from experiments import command_line
 from experiments.enumerate_space import ImagesConfig, NetworkConfig, make_images, small_network
 from experiments.enumeration import Batch
+from experiments.errors import NonFinite
 from experiments.metrics import Display
 from experiments.regret_methods import METHODS
 from experiments.regret_report import (
@@ -38,7 +40,7 @@ from experiments.regret_report import (
     to_json,
 )
 from experiments.regret_searches import Found, SearchConfig, run_searches
-from experiments.run_config import RunConfig, check_run, prepare
+from experiments.run_config import DeviceConfig, prepare_device
 from experiments.workdir import opened, write_config, writing
 
 MODULE = "experiments.regret"
@@ -59,7 +61,7 @@ class Config:
     package's own."""
     seed: int = 0
     """The first of the seeds."""
-    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
+    run: tyro.conf.OmitArgPrefixes[DeviceConfig] = field(default_factory=DeviceConfig)
     workdir: Path | None = None
     """Folder to write to, and to resume from; None for runs/regret-PRESET-seedSEED."""
 
@@ -92,7 +94,6 @@ def check(config: Config) -> None:
     )
     command_line.check_below_one(("search.momentum", config.search.momentum))
     command_line.check_seed(config.seed, config.seeds)
-    check_run(config.run)
 
 
 def load_table(path: str | Path) -> ground_truth.Table:
@@ -147,7 +148,7 @@ def search_all(
     for name in config.methods:
         path = workdir / FINISHED / f"{name}.npz"
         if not path.exists():
-            with display.phase(f"{name}: {METHODS[name].text}"):
+            with display.phase(f"{name}: {METHODS[name].text}"), _naming(name):
                 result = run_searches(
                     name,
                     network,
@@ -162,6 +163,18 @@ def search_all(
                 write_arrays(path, result._asdict())
         found[name] = _read(path)
     return found
+
+
+@contextmanager
+def _naming(method: str) -> Iterator[None]:
+    """Inside, a NonFinite is made to name the method, and what to do."""
+    try:
+        yield
+    except NonFinite as error:
+        raise NonFinite(
+            f"{method}, {error}. Finished methods are kept; leave this one out of --methods, or"
+            " search anew with lower learning rates in another --workdir"
+        ) from error
 
 
 def _read(path: Path) -> Found:
@@ -187,12 +200,11 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command line."""
     with command_line.user_errors():
         preset, config = command_line.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
-        distributed.require_single(config.run.distributed)
-        prepare(config.run)
+        prepare_device(config.run)
         check(config)
         table = load_table(config.table or ground_truth.SHIPPED)
     workdir = config.workdir or Path("runs") / f"regret-{preset}-seed{config.seed}"
-    with opened(workdir, config, config.run.fork) as workdir, Display() as display:
+    with opened(workdir, config) as workdir, Display() as display:
         with command_line.user_errors(), display.phase("loading the images"):
             network, train, val, facts = table_setting(table)
             size = min(len(train.label), len(val.label))

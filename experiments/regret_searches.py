@@ -15,7 +15,8 @@ from jax import Array, lax
 from darts_jax import perturbation, relaxation, search, shrinking, spectrum
 from darts_jax.dag_network import Network
 from experiments.enumeration import Batch, sgd
-from experiments.metrics import leaf_name, non_finite
+from experiments.errors import NonFinite
+from experiments.metrics import leaf_name
 from experiments.regret_methods import CELL, EXACT, METHODS, PARTIAL, Method, operations
 from experiments.remedies import REMOVED
 
@@ -87,7 +88,7 @@ def run_searches(
       progress: is told the number of finished epochs.
 
     Raises:
-      NonFinite: for what is not finite.
+      NonFinite: for what is not finite; it names the epoch, the leaf and the seed.
     """
     method, kept = METHODS[name], None
     if method.partial:
@@ -100,12 +101,9 @@ def run_searches(
             kept = shrinking.survivors({CELL: last}, method.keep[stage - 1], had)[CELL]
         done, own = sum(lengths[:stage]), replace(config, epochs=epochs)
         functions = make_search(method, network, own, train, val, stage)
-
-        def report(count: int, done: int = done) -> None:
-            progress(done + count)
-
         measured = network if name == EXACT else None
-        found.append(_run(functions, epochs, seeds, train, val, report, kept, measured))
+        numbers = range(done, done + epochs)
+        found.append(_run(functions, numbers, seeds, train, val, progress, kept, measured))
     return found[0] if len(found) == 1 else _joined(found)
 
 
@@ -122,7 +120,7 @@ def _joined(stages: Sequence[Found]) -> Found:
 
 def _run(
     functions: tuple[Callable, Callable],
-    epochs: int,
+    epochs: range,
     seeds: Sequence[int],
     train: Batch,
     val: Batch,
@@ -133,6 +131,7 @@ def _run(
     """Runs the functions of `make_search`.
 
     Args:
+      epochs: their numbers among those of all stages.
       kept: bool [seeds, edges, candidates], what earlier searches left; None for all.
       measured: the network, if eigenvalues and selections by perturbation are wanted.
       The others: as for `run_searches`.
@@ -148,13 +147,13 @@ def _run(
     measure = None if measured is None else make_eigenvalue(measured, val)
     alphas = [np.asarray(operations(state.alpha))]
     accuracies, seconds, eigenvalues = [], [], []
-    for number in range(epochs):
+    for number in epochs:
         start = time.perf_counter()
         state, accuracy, nonfinite = jax.block_until_ready(
-            program(state, numbers, number, train, val)
+            program(state, numbers, number - epochs.start, train, val)
         )
         seconds.append(time.perf_counter() - start)
-        _require_finite(number, np.asarray(nonfinite), state)
+        _require_finite(number + 1, np.asarray(nonfinite), seeds, state)
         alphas.append(np.asarray(operations(state.alpha)))
         accuracies.append(np.asarray(accuracy))
         if measure is not None:
@@ -245,10 +244,15 @@ def make_search(
     )
 
 
-def _require_finite(number: int, nonfinite: np.ndarray, state: search.SearchState) -> None:
-    if (nonfinite >= 0).any():
-        paths = jax.tree_util.tree_leaves_with_path(search.checked(state))
-        raise non_finite(number + 1, leaf_name(paths[nonfinite.max()][0]))
+def _require_finite(
+    epoch: int, nonfinite: np.ndarray, seeds: Sequence[int], state: search.SearchState
+) -> None:
+    for seed, leaf in zip(seeds, nonfinite, strict=True):
+        if leaf >= 0:
+            paths = jax.tree_util.tree_leaves_with_path(search.checked(state))
+            raise NonFinite(
+                f"epoch {epoch}: {leaf_name(paths[leaf][0])} of seed {seed} is not finite"
+            )
 
 
 def make_eigenvalue(network: Network, val: Batch) -> Callable[[search.SearchState], Array]:

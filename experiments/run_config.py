@@ -14,7 +14,15 @@ DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops=true"
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class DeviceConfig:
+    """What every experiment may ask of its device."""
+
+    deterministic: bool = field(default=False, kw_only=True)
+    """Let a GPU give the same bits each time, which costs speed; a CPU always does."""
+
+
+@dataclass(frozen=True)
+class RunConfig(DeviceConfig):
     """How a run goes. On the same workdir, all of it may change from one time to the next."""
 
     log_every: int = 10
@@ -26,8 +34,6 @@ class RunConfig:
     on_nan: Literal["halt", "skip"] = "halt"
     """When a loss, gradient or alpha is not finite: stop, or leave out what that step would change,
     ten times in a row at most."""
-    deterministic: bool = False
-    """Let a GPU give the same bits each time, which costs speed; a CPU always does."""
     fork: Path | None = None
     """Folder for a copy of the run in --workdir, to go on in with other fields."""
     profile: int = 0
@@ -51,13 +57,18 @@ def check_run(config: RunConfig) -> None:
 
 
 def prepare(config: RunConfig) -> None:
-    """Sets up JAX: processes, determinism, and the cache. Call it before any other use of it.
+    """Sets up JAX, its processes included. Call it before any other use of it.
 
     Raises:
       ValueError: if the processes of the run are not found.
     """
+    prepare_device(config)
+    distributed.initialize(config.distributed)
+
+
+def prepare_device(config: DeviceConfig) -> None:
+    """Sets up JAX for one process: determinism, and the cache. Call it before any other use."""
     if config.deterministic:
         # Read once, when the device is first used.
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
-    distributed.initialize(config.distributed)
     command_line.enable_compilation_cache()

@@ -1,7 +1,7 @@
 """The folder of a run: who may write to it, and which config it belongs to.
 
 A folder is one run's: config.json tells which. Another config is refused, but for the fields that
-may change (`ALWAYS`, `GROWING`, and all of `RunConfig`), or goes on elsewhere, in a copy.
+may change (`ALWAYS`, `GROWING`, and all of "run"), or goes on elsewhere, in a copy.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,13 +19,15 @@ from darts_jax import __version__
 from darts_jax.files import read_json, write_text
 from experiments import distributed
 from experiments.errors import UserError
+from experiments.run_config import RunConfig
 
 CONFIG = "config.json"  # files of a workdir
 LOCK = ".lock"
 APART = ("workdir", "run")  # fields that are no part of what is computed
 SOURCES = ("data.path", "stream.workers")  # fields that say where from, not what
-ALWAYS = (*SOURCES, "seeds_at_once")  # fields that may change
-GROWING = ("search.epochs", "train.epochs")  # fields that may grow
+# Fields that may change; each of the methods, of `experiments.regret`, has a file of its own.
+ALWAYS = (*SOURCES, "seeds_at_once", "methods")
+GROWING = ("search.epochs", "train.epochs")  # fields that may grow where checkpoints go on
 MISSING = "missing"
 MAX_SHOWN, MAX_CHARACTERS = 5, 100  # of fields that differ, and of each value
 
@@ -59,14 +61,17 @@ def check(workdir: Path, config: Any) -> None:
     saved = _read_config(workdir)
     if saved is None:
         return
-    differing = _differing(saved, flatten(_fields(config)))
+    goes_on = isinstance(getattr(config, "run", None), RunConfig)  # from checkpoints, as it can
+    differing = _differing(saved, flatten(_fields(config)), GROWING if goes_on else ())
     if differing:
         version = saved.get("facts", {}).get("version", __version__)
         other = "" if version == __version__ else f", of version {_show(version)} of darts_jax"
+        remedy = " or another --workdir"
+        if goes_on:
+            remedy = " another --workdir, or --fork NEWDIR to go on from there with these"
         raise UserError(
             f"{workdir} holds a run with another config{other}: {'; '.join(differing)}. Give the"
-            " fields of that run, another --workdir, or --fork NEWDIR to go on from there with"
-            f" these{f'; this is version {__version__}' if other else ''}"
+            f" fields of that run,{remedy}{f'; this is version {__version__}' if other else ''}"
         )
 
 
@@ -192,7 +197,9 @@ def _read_config(workdir: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def _differing(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+def _differing(
+    saved: Mapping[str, Any], current: Mapping[str, Any], growing: Sequence[str]
+) -> list[str]:
     """What keeps a run from going on with other fields, a text for each."""
     saved = flatten({name: value for name, value in saved.items() if name != "facts"})
     texts = []
@@ -200,7 +207,7 @@ def _differing(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str
         there, here = saved.get(name, MISSING), current.get(name, MISSING)
         if there == here or name in ALWAYS:
             continue
-        if name in GROWING and type(there) is type(here) is int and here > there:
+        if name in growing and type(there) is type(here) is int and here > there:
             continue
         texts.append(f"{_show(name)} is {_show(there)} there, {_show(here)} here")
     if len(texts) > MAX_SHOWN:

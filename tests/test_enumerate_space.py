@@ -1,10 +1,12 @@
 """Training every architecture of a space, at the shell."""
 
+import jax
 import numpy as np
 import pytest
 
-from darts_jax import data, ground_truth
-from experiments import enumerate_space, enumeration
+from darts_jax import data, ground_truth, isomorphism
+from darts_jax.spaces.nasbench201_small import EDGES, PRIMITIVES
+from experiments import enumerate_space, enumeration, regret
 from experiments.enumerate_space import groups
 
 SMOKE = ("smoke", "--data.name", "digits", "--data.pool", "2")
@@ -48,6 +50,66 @@ def test_what_is_refused(tmp_path, capsys, flags, message):
     assert enumerate_space.main([*SMOKE, *flags, "--workdir", str(tmp_path / "run")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_another_config(tmp_path, capsys, monkeypatch):
+    """More epochs too: a network of some epochs cannot go on to more, as its group is all or
+    nothing."""
+    workdir = tmp_path / "run"
+    monkeypatch.setattr(
+        enumerate_space, "make_train_group", lambda *_: lambda group: np.zeros((3, 1, 2), np.uint16)
+    )
+    monkeypatch.setattr(enumerate_space, "summary", lambda *_: "")
+    assert enumerate_space.main([*SMOKE, "--workdir", str(workdir)]) == 0
+    before = {path: path.read_bytes() for path in workdir.rglob("*.*")}
+    capsys.readouterr()
+    assert enumerate_space.main([*SMOKE, "--train.epochs", "2", "--workdir", str(workdir)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        "another config: train.epochs is 1 there, 2 here. Give the fields of that run, or another"
+        " --workdir"
+    )
+    assert before == {path: path.read_bytes() for path in workdir.rglob("*.*")}
+
+
+@pytest.mark.parametrize("module", [enumerate_space, regret])
+def test_run_options_that_would_do_nothing_are_not_there(module, tmp_path, capsys):
+    for name in ("log-every", "save-minutes", "keep", "on-nan", "fork", "profile", "wandb"):
+        with pytest.raises(SystemExit) as stopped:
+            module.main(["smoke", f"--{name}", "1", "--workdir", str(tmp_path / "run")])
+        assert stopped.value.code == 2 and f"--{name}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_not_finite(tmp_path, capsys, monkeypatch):
+    """Of the second seed alone: the group of the first one is kept."""
+    make_train = enumerate_space.make_train
+
+    def poisoned(*args):
+        init, epoch = make_train(*args)
+        started = []
+
+        def start(keys, weights, image):
+            run = init(keys, weights, image)
+            started.append(run)
+            if len(started) == 2:
+                params = jax.tree.map(lambda leaf: leaf.at[1].set(np.nan), run.params)
+                run = run._replace(params=params)
+            return run
+
+        return start, epoch
+
+    monkeypatch.setattr(enumerate_space, "make_train", poisoned)
+    workdir = tmp_path / "run"
+    assert enumerate_space.main([*SMOKE, "--workdir", str(workdir)]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    representatives, _ = isomorphism.classes(EDGES, PRIMITIVES)
+    config = enumerate_space.PRESETS["smoke"][1]
+    second = representatives[groups(config, len(representatives))[1].classes[1]]
+    names = " ".join(PRIMITIVES[o] for o in second)
+    assert f"epoch 1: the weights of architecture {names}, seed 1 are not finite" in line
+    assert [path.name for path in files(workdir)] == ["0000.npy"]
+    assert not (workdir / "table.npz").exists()
 
 
 def test_a_damaged_group(tmp_path, capsys):

@@ -12,6 +12,7 @@ from scipy import stats
 from darts_jax import ground_truth, isomorphism, relaxation
 from darts_jax.spaces.nasbench201_small import EDGES, PRIMITIVES
 from experiments import enumerate_space, regret, regret_measures, regret_report, regret_searches
+from experiments.errors import NonFinite
 from experiments.regret_methods import METHODS
 from experiments.regret_searches import Found, SearchConfig
 
@@ -231,6 +232,54 @@ def test_a_run_and_its_resumption(tmp_path, table_path, capsys):
     assert regret.main(command) == 0
     assert (workdir / "methods" / "exact.npz").stat().st_mtime_ns == kept
     assert json.loads((workdir / "regret.json").read_text()) == content
+
+
+def test_methods_may_change_and_one_that_is_not_finite_leaves_the_others(
+    tmp_path, table_path, capsys, monkeypatch
+):
+    def searches(name, network, config, seeds, *_):
+        tried.append(name)
+        if name == "gumbel":
+            raise NonFinite("epoch 1: w.stem of seed 4 is not finite")
+        alpha = np.zeros((2, len(seeds), 5, 4), np.float32)
+        empty = np.zeros((0, 0), np.int32)
+        accuracy = np.zeros((1, len(seeds), 2), np.float32)
+        return Found(alpha, accuracy, np.ones(1), np.array(1.0), empty, empty)
+
+    def command(*flags):
+        tried.clear()
+        where = ("--table", str(table_path), "--workdir", str(tmp_path / "run"))
+        return regret.main(["smoke", *where, *flags])
+
+    tried = []
+    monkeypatch.setattr(regret, "run_searches", searches)
+    assert command("--methods", "first_order", "gumbel", "sigmoid") == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "error: gumbel, epoch 1: w.stem of seed 4 is not finite. Finished methods are" in line
+    assert tried == ["first_order", "gumbel"]
+    assert command("--methods", "first_order", "sigmoid") == 0
+    assert tried == ["sigmoid"]
+    rows = json.loads((tmp_path / "run" / "regret.json").read_text())["rows"]
+    assert {"first_order", "sigmoid"} < rows.keys()
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")}
+    for flags, message in (
+        (("--search.epochs", "2"), "search.epochs is 1 there, 2 here. Give"),
+        (("--seeds", "3"), "seeds is 2 there, 3 here. Give the fields of that run, or another"),
+    ):
+        assert command("--methods", "first_order", "sigmoid", *flags) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line and "--fork" not in line
+    assert not tried
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")}
+
+
+@pytest.mark.slow
+def test_a_search_that_is_not_finite_names_epoch_and_seed():
+    network, train, val, _ = regret.table_setting(TABLE)
+    config = SearchConfig(epochs=2, learning_rate=1e30)
+    with pytest.raises(NonFinite, match=r"^epoch 1: \S+ of seed [34] is not finite$"):
+        run("first_order", network, config, [3, 4], train, val, lambda done: None)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from stand_in import Config, Inner
 
 from experiments import workdir as workdirs
 from experiments.errors import UserError
-from experiments.run_config import RunConfig
+from experiments.run_config import DeviceConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Part:
 class Nested:
     data: Part = field(default_factory=Part)
     search: Part = field(default_factory=Part)
-    run: RunConfig = field(default_factory=RunConfig)
+    run: DeviceConfig = field(default_factory=RunConfig)
     workdir: Path | None = None
 
 
@@ -70,6 +70,14 @@ def test_what_may_change(tmp_path, config, reason):
         return
     with pytest.raises(UserError, match=reason):
         workdirs.check(tmp_path, config)
+
+
+def test_without_checkpoints_nothing_may_grow(tmp_path):
+    """And no --fork is advised, where there is none."""
+    first, grown = (Nested(search=Part(epochs=n), run=DeviceConfig()) for n in (2, 3))
+    write(tmp_path, first)
+    with pytest.raises(UserError, match="search.epochs is 2 there, 3 here.*or another --workdir$"):
+        workdirs.check(tmp_path, grown)
 
 
 def test_no_run(tmp_path):
