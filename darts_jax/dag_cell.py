@@ -88,6 +88,7 @@ def cell(
     members: Members,
     conv: Convolution,
     partial: int = 1,
+    edge_weights: Array | None = None,
 ) -> tuple[Array, PyTree]:
     """Output of a cell, and the statistics of the batch.
 
@@ -102,11 +103,14 @@ def cell(
       members: which edges have which operations.
       conv: `conv(x, kernel, padding=...)`, as `convolution.conv`.
       partial: one of so many channels goes through the operations; 1 for a discrete cell.
+      edge_weights: [edges], factors of all that they pass on; all 1 by default.
 
     Returns:
       [N, H, W, C], and the unbiased moments of the batch, or running as it is.
     """
     columns = {name: o for o, name in enumerate(primitives)}
+    if edge_weights is not None:
+        weights = weights * edge_weights[:, None]
     share = x.shape[-1] // partial
     seen: dict[str, list[Moments]] = {name: [] for name in shapes(share, members)}
     position = dict.fromkeys(seen, 0)  # of the next edge's parameters
@@ -129,9 +133,10 @@ def cell(
     for source in range(last):
         whole = state_of(source)
         if partial > 1:
-            for start, destination in edges:
+            for e, (start, destination) in enumerate(edges):
                 if start == source:
-                    add(past, destination, whole[..., share:])
+                    by = whole[..., share:]
+                    add(past, destination, by if edge_weights is None else by * edge_weights[e])
         for name, held in members.items():
             out = [e for e in held if edges[e][0] == source]
             if not out or name == "none":

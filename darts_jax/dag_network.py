@@ -5,6 +5,7 @@ space, a linear classifier (arXiv 2001.00326, section 2.1). All cells of a netwo
 architecture, unlike those of DARTS.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,8 +17,10 @@ from darts_jax import convolution, dag_cell
 from darts_jax.dag_cell import Convolution, Edges
 from darts_jax.networks import Norm, uniform_fan_in
 from darts_jax.operations import Moments, relu, update_running
+from darts_jax.relaxation import EDGES
 
 PyTree = Any
+CELL = "cell"  # the name of its mixing weights, where they are by name
 
 
 class Cell(nn.Module):
@@ -31,8 +34,8 @@ class Cell(nn.Module):
     partial: int
 
     @nn.compact
-    def __call__(self, x: Array, weights: Array, train: bool) -> Array:
-        """[N, H, W, C] -> [N, H, W, C], weights [edges, candidates]."""
+    def __call__(self, x: Array, weights: Array, edge_weights: Array | None, train: bool) -> Array:
+        """[N, H, W, C] -> [N, H, W, C], weights [edges, candidates], edge_weights [edges]."""
         channels = x.shape[-1] // self.partial
         members = dag_cell.members(self.edges, self.primitives, self.choice)
         norms = dag_cell.norm_shapes(channels, members)
@@ -61,6 +64,7 @@ class Cell(nn.Module):
             members=members,
             conv=self.conv,
             partial=self.partial,
+            edge_weights=edge_weights,
         )
         if train and not self.is_initializing():
             stats.value = update_running(stats.value, batch)
@@ -121,12 +125,18 @@ class Network(nn.Module):
         return len(self.edges), len(self.primitives)
 
     @nn.compact
-    def __call__(self, x: Array, weights: Array | None = None, train: bool = False) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        weights: Array | Mapping[str, Array] | None = None,
+        train: bool = False,
+    ) -> Array:
         """Logits of a batch.
 
         Args:
           x: images [N, H, W, channels], H and W divisible by 2 for each stage but one.
           weights: mixing weights [edges, candidates]; None for 1, which a discrete network takes.
+            Or {"cell": these, "cell_edges": [edges]}, as of `relaxation.edge_weighted`.
           train: normalise by the batch, and update the running statistics.
 
         Returns:
@@ -136,7 +146,9 @@ class Network(nn.Module):
           ValueError: for images that do not halve so often, weights of another shape, or channels
             that are not a multiple of partial.
         """
-        shape = self.weight_shapes
+        shape, edge_weights = self.weight_shapes, None
+        if isinstance(weights, Mapping):
+            weights, edge_weights = weights[CELL], weights[CELL + EDGES]
         weights = jnp.ones(shape, x.dtype) if weights is None else weights
         if weights.shape != shape:
             raise ValueError(
@@ -163,7 +175,9 @@ class Network(nn.Module):
                 y = ResidualBlock(self.conv, name=f"reduce_{stage}")(y, train)
             for i in range(self.cells):
                 own = (self.edges, self.primitives, self.choice, self.affine, self.conv)
-                y = Cell(*own, self.partial, name=f"cell_{stage}_{i}")(y, weights, train)
+                y = Cell(*own, self.partial, name=f"cell_{stage}_{i}")(
+                    y, weights, edge_weights, train
+                )
         features = relu(Norm(affine=True, name="last_norm")(y, train)).mean((1, 2))
         kernel = self.param("head_kernel", uniform_fan_in, (features.shape[-1], self.num_classes))
         bias = self.param("head_bias", nn.initializers.zeros, (self.num_classes,))

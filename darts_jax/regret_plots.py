@@ -11,6 +11,8 @@ from darts_jax.plots import INK, PALE, picture_files, save_figure
 # The colours of Okabe and Ito (2008); with the dashes, 21 lines.
 COLOURS = ("#000000", "#E69F00", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")
 DASHES = ("-", "--", ":")
+LINEAR = 1  # percentage points: above, the axis is logarithmic, so that it shows a first epoch, too
+TICKS = (0, 0.5, 1, 2, 5, 10, 20, 50)
 LABEL = {"size": 8.5, "color": INK}
 
 
@@ -18,6 +20,8 @@ def draw_regret(
     panels: Sequence[Mapping[str, ArrayLike]], levels: Mapping[str, float], path: str | Path
 ) -> list[Path]:
     """Draws mean regret over epochs, in percentage points, in bands of one standard error.
+
+    The axis is logarithmic above one percentage point, and linear below.
 
     Args:
       panels: of each, name -> regret in [0, 1], [epochs + 1, seeds], at least 2 seeds.
@@ -43,7 +47,6 @@ def draw_regret(
             axes.fill_between(epochs, mean - error, mean + error, color=colour, alpha=0.12, lw=0)
         for dash, (name, level) in zip(("--", ":", "-."), levels.items(), strict=False):
             axes.axhline(100 * level, color=PALE, linestyle=dash, linewidth=1, label=name)
-        axes.set_ylim(bottom=0)
         axes.set_xlabel("epoch", **LABEL)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.tick_params(labelsize=7, labelcolor=INK, color=PALE)
@@ -53,7 +56,12 @@ def draw_regret(
             frameon=False, fontsize=7, labelcolor=INK, ncols=2, loc="lower center",
             bbox_to_anchor=(0.5, 1),
         )  # fmt: skip
-    figure.axes[0].set_ylabel("test regret, percentage points", **LABEL)
+    # All panels share this axis, whose limits are to hold the curves of each.
+    axes = figure.axes[0]
+    axes.set_ylabel("test regret, percentage points", **LABEL)
+    axes.set_yscale("symlog", linthresh=LINEAR, linscale=1)
+    axes.set_yticks(TICKS, map(str, TICKS))
+    axes.set_ylim(bottom=0)
     files = picture_files(path)
     save_figure(figure, files)
     return files

@@ -8,16 +8,18 @@ import numpy as np
 from jax import Array
 
 from darts_jax import hypergradient, relaxation, search, smoothing
-from darts_jax.dag_network import Network
+from darts_jax.dag_network import CELL, Network
 from darts_jax.relaxation import EDGES, Relaxation, linear
 from darts_jax.spaces.nasbench201_small import EDGES as CELL_EDGES
 
 PyTree = Any
 
 EXACT = "exact"
+# PC-DARTS: weights of operations, and those of edges by a softmax over the edges into each node.
+INTO_NODES = np.unique([destination for _, destination in CELL_EDGES], return_counts=True)[1]
+EDGE_WEIGHTED = relaxation.edge_weighted(relaxation.softmax, INTO_NODES.tolist())
 RADIUS = linear(0.03, 0.3)  # of the perturbations of SmoothDARTS, the authors'
 PARTIAL = 4  # of PC-DARTS: one of so many channels, the authors'
-CELL = "cell"  # the name of alpha where a function wants alphas by name
 
 
 class Method(NamedTuple):
@@ -26,7 +28,7 @@ class Method(NamedTuple):
     Attributes:
       text: what it is, in a few words.
       estimator: (bilevel problem, inner optimizer) -> hypergradient estimator.
-      relax: from alpha [edges, candidates] to mixing weights.
+      relax: from alpha to mixing weights, as the network takes them.
       train_loss: network -> the training loss, if it is not that of `relax`.
       init_alpha: (key, network) -> alpha, or {"cell": alpha, "cell_edges": [edges]}.
       partial: whether `PARTIAL` channels go through the operations.
@@ -73,13 +75,6 @@ def init_edge_weights(key: Array, network: Network) -> dict[str, Array]:
     }
 
 
-def edge_weights(alpha: PyTree, context: relaxation.Context | None = None) -> Array:
-    """PC-DARTS: the weights of operations times that of their edge among those into its node."""
-    sizes = np.unique([destination for _, destination in CELL_EDGES], return_counts=True)[1]
-    both = relaxation.edge_weighted(relaxation.softmax, sizes.tolist())(alpha, context)
-    return both[CELL] * both[CELL + EDGES][:, None]
-
-
 def operations(alpha: PyTree) -> Array:
     """Of alpha, what stands for operations: [..., edges, candidates]."""
     return alpha[CELL] if isinstance(alpha, dict) else alpha
@@ -99,6 +94,8 @@ METHODS = {
     "first_order": Method("first order", lambda problem, _: hypergradient.first_order(problem)),
     EXACT: Method("exact, through one step"),
     "finite_difference": Method("finite difference", hypergradient.finite_difference),
+    "t1_t2": Method("T1-T2", hypergradient.t1_t2),
+    "neumann": Method("Neumann series, 5 terms", hypergradient.neumann),
     "temperature": Method(
         "temperature 5 to 0.5", relax=relaxation.tempered_softmax(linear(5, 0.5))
     ),
@@ -111,7 +108,10 @@ METHODS = {
     "adversarial": Method("SmoothDARTS, adversarial", train_loss=_adversarial),
     "partial_channels": Method("PC-DARTS, partial channels", partial=True),
     "edge_weights": Method(
-        "PC-DARTS, edge weights", relax=edge_weights, init_alpha=init_edge_weights
+        "PC-DARTS, edge weights", relax=EDGE_WEIGHTED, init_alpha=init_edge_weights
+    ),
+    "partial_and_edges": Method(
+        "PC-DARTS, both", relax=EDGE_WEIGHTED, init_alpha=init_edge_weights, partial=True
     ),
     "shrinking": Method("P-DARTS, 4 to 3 to 2", keep=(3, 2)),
 }

@@ -25,7 +25,7 @@ from experiments.regret_searches import Found
 
 FIRST = "first_order"
 # Panels of the picture, beside a last one of other remedies; the exact method is in all.
-ESTIMATORS = (EXACT, FIRST, "finite_difference")
+ESTIMATORS = (EXACT, FIRST, "finite_difference", "t1_t2", "neumann")
 RELAXATIONS = (EXACT, "temperature", "concrete", "gumbel", "sigmoid", "dirichlet")
 # Gradients of a step by the exact method: two and a mixed product, worth two more, for the
 # hypergradient, and one of the weights.

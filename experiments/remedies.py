@@ -22,6 +22,7 @@ from darts_jax.relaxation import Context, Relaxation
 from experiments.command_line import check_at_least, check_positive
 from experiments.images import plain_batch
 from experiments.metrics import METRICS, parse_line
+from experiments.seeds import OF_SEED
 
 AUXILIARY = "auxiliary_skip"
 REMOVED = -1e9  # as which the alpha of an operation that was taken away is recorded
@@ -95,12 +96,18 @@ def survivors(config: RemediesConfig) -> shrinking.Mask | None:
     path = Path(config.shrink_from) / METRICS
     try:
         lines = [parse_line(line) for line in path.read_bytes().splitlines()]
-        alpha = [line["alpha"] for line in lines if line["kind"] == "epoch"][-1]
+        last = [line for line in lines if line["kind"] == "epoch"][-1]
+        alpha = None if any(OF_SEED in name for name in last) else last["alpha"]
     except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"--search.remedies.shrink-from: {path} holds no finished epoch of a search"
             f" ({type(error).__name__}); give the workdir of one"
         ) from error
+    if alpha is None:
+        raise ValueError(
+            f"--search.remedies.shrink-from: {config.shrink_from} holds searches of several seeds;"
+            " give the workdir of one, made by --seeds 1"
+        )
     alpha = {cell: np.array(alpha[cell]) for cell in ("normal", "reduce")}
     had = {cell: values > REMOVED / 2 for cell, values in alpha.items()}
     return shrinking.survivors(alpha, config.keep, had)

@@ -105,8 +105,9 @@ def test_a_cell_by_hand():
     np.testing.assert_allclose(batch["nor_conv_1x1"].var[0], var * 48 / 47, rtol=1e-5)
 
 
+@pytest.mark.parametrize("edge_weights", [None, (0.5, 0.2, 0.8)], ids=["edges alike", "weighed"])
 @pytest.mark.parametrize("partial", [1, 2, 4])
-def test_partial_channels(partial):
+def test_partial_channels(partial, edge_weights):
     """PC-DARTS edge after edge, channel by channel; of one part, the plain cell."""
     edges, primitives = ((0, 1), (0, 2), (1, 2)), ("none", "skip_connect", "nor_conv_1x1")
     share = 4 // partial
@@ -117,6 +118,7 @@ def test_partial_channels(partial):
         {"nor_conv_1x1": kernels}, {}, None, x, weights,
         edges=edges, primitives=primitives, partial=partial,
         members=dag_cell.members(edges, primitives), conv=convolution.conv,
+        edge_weights=None if edge_weights is None else jnp.array(edge_weights),
     )  # fmt: skip
 
     def edge(state, number):
@@ -129,7 +131,7 @@ def test_partial_channels(partial):
         for channel in range(4):
             group, inside = divmod(channel, share)
             shuffled[..., inside * partial + group] = together[..., channel]
-        return shuffled
+        return shuffled * (1 if edge_weights is None else edge_weights[number])
 
     first = edge(np.asarray(x), 0)
     expected = edge(np.asarray(x), 1) + edge(first, 2)
@@ -145,6 +147,19 @@ def test_a_network_with_partial_channels():
         network.clone(partial=3).init(jax.random.key(0), x, weights)
     with pytest.raises(ValueError, match="partial is 2; give 1 for a discrete network"):
         network.clone(choice=(0,) * 5).init(jax.random.key(0), x)
+
+
+def test_weights_of_edges_come_by_name():
+    """1 for each is the network without; another one is not."""
+    network = SMALL.relaxed(num_classes=3, channels=4, partial=2)
+    x = jax.random.normal(jax.random.key(0), (4, 4, 4, 1))
+    weights = jax.random.uniform(jax.random.key(1), (5, 4))
+    variables = network.init(jax.random.key(2), x, weights)
+    plain = network.apply(variables, x, weights)
+    ones = {"cell": weights, "cell_edges": jnp.ones(5)}
+    np.testing.assert_array_equal(network.apply(variables, x, ones), plain)
+    other = {**ones, "cell_edges": jnp.array([1, 1, 1, 1, 0.5])}
+    assert (network.apply(variables, x, other) != plain).any()
 
 
 def test_affine_batch_norms_start_as_plain_ones():

@@ -111,6 +111,19 @@ def test_selection_from_a_supernet():
     assert "none" not in {name for name, _ in found.normal + found.reduce}
 
 
+def test_regret_by_published_accuracies(tmp_path):
+    """docs/ground_truth.md, by accuracies that are the architectures' numbers."""
+    blocks = python_blocks(ROOT / "docs" / "ground_truth.md")
+    names: dict = {}
+    exec(compile(blocks[-1], "ground_truth.md", "exec"), names)
+    percent = np.broadcast_to(np.linspace(0, 100, 5**6)[:, None, None], (5**6, 3, 2))
+    np.save(tmp_path / "accuracies.npy", percent)
+    alpha = np.zeros((2, 3, 6, 5))
+    alpha[1, :, :, 4] = 1  # the last of all
+    found = names["regret_of_searches"](tmp_path / "accuracies.npy", alpha)
+    np.testing.assert_allclose(found, [[1.0] * 3, [0.0] * 3], atol=1e-6)
+
+
 def test_the_readme_example_is_short():
     (block,) = python_blocks(ROOT / "README.md")
     assert len(block.splitlines()) <= 20

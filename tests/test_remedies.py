@@ -242,6 +242,14 @@ def test_errors_are_one_line(folder, capsys, fields, message):
     assert message in error and error.count("\n") == 1
 
 
+def test_shrinking_from_several_seeds_is_refused(folder):
+    (folder / "a").mkdir()
+    line = {"kind": "epoch", "step": 1, "epoch": 1, "alpha_of_seed_0": {}, "alpha_of_seed_1": {}}
+    (folder / "a" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match="a holds searches of several seeds; give the workdir of"):
+        remedies.survivors(replace(OFF, shrink_from=str(folder / "a")))
+
+
 def test_an_auxiliary_skip_is_an_operation_more():
     config = replace(OFF, auxiliary_skip=0.5)
     network = remedies.adapt(config, Supernet(2, 3, 10, nodes=1), None)

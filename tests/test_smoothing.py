@@ -83,6 +83,32 @@ def test_adversarial_is_the_worst_in_the_ball(x64):
     assert found - centre <= RADIUS * 2 * abs(VALUES).sum()
 
 
+@pytest.mark.parametrize("steps", [1, 7])
+def test_the_ascent_step_by_step(steps, x64):
+    """Algorithm 1 with projected gradient ascent, by NumPy, of a loss that is not linear."""
+    rng = np.random.default_rng(2)
+    targets, logits = rng.uniform(0, 0.6, (5, 4)), rng.normal(size=(5, 4))
+
+    def curved(w, weights, inputs):
+        return ((w * weights["normal"] - targets) ** 2).sum(), None
+
+    def project(rows):
+        rows = np.clip(rows, 0, 1)
+        return rows / rows.sum(-1, keepdims=True)
+
+    alpha, w, radius = {"normal": jnp.asarray(logits)}, 0.7, 0.2
+    centre = np.asarray(relaxation.softmax(alpha)["normal"])
+    start = smoothing.random(relaxation.softmax, radius)(alpha, INPUTS.batch.context)
+    at = np.asarray(start["normal"])
+    for _ in range(steps):
+        slope = 2 * w * (w * at - targets)
+        moved = at + 2 * radius / steps * np.sign(slope)
+        at = project(centre + np.clip(moved - centre, -radius, radius))
+    smooth = smoothing.adversarial(curved, relaxation.softmax, radius, steps)
+    found, _ = smooth(jnp.asarray(w), alpha, INPUTS)
+    np.testing.assert_allclose(found, ((w * at - targets) ** 2).sum(), rtol=1e-10)
+
+
 def at_random(w, alpha, inputs):
     return loss(w, smoothing.random(relax, RADIUS)(alpha, inputs.batch.context), inputs)
 
