@@ -24,7 +24,6 @@ from darts_jax import data
 from darts_jax.files import write_text
 from experiments import (
     command_line,
-    distributed,
     evaluate_cnn,
     evaluation_config,
     pipeline_report,
@@ -33,7 +32,7 @@ from experiments import (
 from experiments.config import DataConfig
 from experiments.evaluation_config import TrainConfig
 from experiments.metrics import Display
-from experiments.run_config import RunConfig, prepare
+from experiments.run_config import RunConfig, prepare, require_alone
 from experiments.search_config import SearchConfig
 from experiments.selection import (
     Candidate,
@@ -261,12 +260,12 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command line."""
     with command_line.user_errors():
         preset, config = command_line.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
-        distributed.require_single(config.run.distributed)
+        require_alone(config.run)
         prepare(config.run)
         check(config)
     workdir = config.workdir or Path("runs") / f"pipeline-{preset}-seed{config.seed}"
     command = command_line.command(MODULE, argv)
-    with opened(workdir, config, config.run.fork) as workdir, Display() as display:
+    with opened(workdir, config) as workdir, Display() as display:
         with command_line.user_errors(), display.phase(f"loading {config.data.name}"):
             dataset = data.load(config.data.name, config.data.path, config.data.limit)
         with writing(workdir):

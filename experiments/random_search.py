@@ -17,11 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from darts_jax import data, genotype, plots
-from experiments import command_line, distributed, evaluate_cnn
+from experiments import command_line, evaluate_cnn
 from experiments.config import DataConfig
 from experiments.evaluation_config import NetworkConfig, TrainConfig
 from experiments.metrics import Display
-from experiments.run_config import RunConfig, prepare
+from experiments.run_config import RunConfig, prepare, require_alone
 from experiments.selection import Candidate, save_random, train_briefly
 from experiments.workdir import opened, write_config, writing
 
@@ -123,11 +123,11 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command line."""
     with command_line.user_errors():
         preset, config = command_line.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
-        distributed.require_single(config.run.distributed)
+        require_alone(config.run)
         prepare(config.run)
         check(config)
     workdir = config.workdir or Path("runs") / f"random_search-{preset}-seed{config.seed}"
-    with opened(workdir, config, config.run.fork) as workdir, Display() as display:
+    with opened(workdir, config) as workdir, Display() as display:
         with command_line.user_errors(), display.phase(f"loading {config.data.name}"):
             dataset = data.load(config.data.name, config.data.path, config.data.limit)
         with writing(workdir):

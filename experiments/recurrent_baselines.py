@@ -23,10 +23,10 @@ from rich.table import Table
 from darts_jax import genotype, text
 from darts_jax.files import write_text
 from darts_jax.text import Corpus
-from experiments import command_line, distributed, evaluate_rnn, texts
+from experiments import command_line, evaluate_rnn, texts
 from experiments.evaluate_rnn import DEFAULT_GENOTYPE, LSTM, TrainConfig
 from experiments.metrics import Display
-from experiments.run_config import RunConfig, prepare
+from experiments.run_config import RunConfig, prepare, require_alone
 from experiments.selection import nearest_size
 from experiments.sources import newest_search, saved_genotype
 from experiments.texts import DropoutConfig, TextConfig
@@ -190,13 +190,13 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command line."""
     with command_line.user_errors():
         preset, config = command_line.parse(PRESETS, argv, MODULE, __doc__.splitlines()[0])
-        distributed.require_single(config.run.distributed)
+        require_alone(config.run)
         prepare(config.run)
         check(config)
         default = Path("runs") / f"recurrent_baselines-{preset}-seed{config.seed}"
         workdir = config.workdir or default
         config = resolve_genotype(config, workdir)
-    with opened(workdir, config, config.run.fork) as workdir, Display() as display:
+    with opened(workdir, config) as workdir, Display() as display:
         with command_line.user_errors(), display.phase(f"loading {config.data.name}"):
             corpus = text.load(config.data.name, config.data.path, config.data.limit)
         with writing(workdir):

@@ -35,7 +35,8 @@ class RunConfig(DeviceConfig):
     """When a loss, gradient or alpha is not finite: stop, or leave out what that step would change,
     ten times in a row at most."""
     fork: Path | None = None
-    """Folder for a copy of the run in --workdir, to go on in with other fields."""
+    """Folder for a copy of the run in --workdir, to go on in with other fields; of a search or a
+    training alone."""
     profile: int = 0
     """Steps to trace, from the second on, for TensorBoard or Perfetto; they go to profile/."""
     wandb: str | None = None
@@ -54,6 +55,19 @@ def check_run(config: RunConfig) -> None:
         ("log-every", config.log_every, 1), ("keep", config.keep, 1), ("profile", config.profile, 0)
     )
     check_positive(("save-minutes", config.save_minutes))
+
+
+def require_alone(config: RunConfig) -> None:
+    """Raises a ValueError if it asks for what a single search or training alone can do.
+
+    The runs inside an experiment of several would refuse the fields of a fork, one by one.
+    """
+    distributed.require_single(config.distributed)
+    if config.fork is not None:
+        raise ValueError(
+            "--fork is for searches and trainings alone; start this experiment anew, in another"
+            " --workdir"
+        )
 
 
 def prepare(config: RunConfig) -> None:

@@ -32,12 +32,11 @@ from experiments.metrics import (
     require_finite,
 )
 from experiments.run_config import RunConfig
-from experiments.workdir import computed, write_config, writing
+from experiments.workdir import CHECKPOINTS, computed, write_config, writing
 
 PyTree = Any
 
-CHECKPOINTS = "checkpoints"  # folders of a workdir
-PROFILE = "profile"
+PROFILE = "profile"  # a folder of a workdir
 BEST = "eval_loss"  # the metric whose smallest value makes the best checkpoint
 MAX_SKIPPED = 10  # steps in a row
 

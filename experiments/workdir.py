@@ -23,6 +23,7 @@ from experiments.run_config import RunConfig
 
 CONFIG = "config.json"  # files of a workdir
 LOCK = ".lock"
+CHECKPOINTS = "checkpoints"  # a folder of it, of a search or a training
 APART = ("workdir", "run")  # fields that are no part of what is computed
 SOURCES = ("data.path", "stream.workers")  # fields that say where from, not what
 # Fields that may change; each of the methods, of `experiments.regret`, has a file of its own.
@@ -67,7 +68,7 @@ def check(workdir: Path, config: Any) -> None:
         version = saved.get("facts", {}).get("version", __version__)
         other = "" if version == __version__ else f", of version {_show(version)} of darts_jax"
         remedy = " or another --workdir"
-        if goes_on:
+        if (workdir / CHECKPOINTS).is_dir():  # of a search or a training
             remedy = " another --workdir, or --fork NEWDIR to go on from there with these"
         raise UserError(
             f"{workdir} holds a run with another config{other}: {'; '.join(differing)}. Give the"

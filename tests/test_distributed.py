@@ -287,6 +287,16 @@ def test_what_is_for_one_process(module, capsys):
     assert "in one process" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("module", [pipeline, random_search, recurrent_baselines])
+def test_what_cannot_be_forked(module, tmp_path, capsys):
+    """The runs inside a copy belong to other fields, and would be refused one by one."""
+    flags = ["--workdir", str(tmp_path / "run"), "--fork", str(tmp_path / "fork")]
+    assert module.main(["smoke", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--fork is for searches and trainings alone" in line
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_silent_log_keeps_the_epochs():
     log = distributed.Silent([{"epoch": 1}])
     with log:

@@ -210,6 +210,17 @@ def test_skipped_steps_and_a_line_without_end(workdirs, tmp_path, capsys):
 LINE = '{"kind": "epoch", "step": 4, "epoch": 2'
 
 
+@pytest.mark.parametrize("content", ["", LINE])
+def test_a_run_without_a_line_is_in_the_table(workdirs, tmp_path, content):
+    """As one of a sweep that failed at its first step: the others are still to be compared."""
+    (workdirs[1] / "metrics.jsonl").write_text(content)
+    output = tmp_path / "page.html"
+    for chosen in (workdirs[:2], workdirs[1:2]):
+        assert report.main([*map(str, chosen), "--output", str(output)]) == 0
+        head, *rows = Page(output.read_text()).rows[: len(chosen) + 1]
+        assert rows[-1][head.index("epochs")] == "0 of 2"
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -220,8 +231,6 @@ LINE = '{"kind": "epoch", "step": 4, "epoch": 2'
         ("config.json", '{"a":' * 5000, "config.json: cannot be read"),
         ("config.json", '{"seed": NaN}', "config.json: cannot be read (NaN is no number of JSON)"),
         ("config.json", "\udcff", "config.json: cannot be read ('utf-8' codec"),
-        ("metrics.jsonl", "", "metrics.jsonl has no line yet"),
-        ("metrics.jsonl", LINE, "metrics.jsonl has no line yet"),
         ("metrics.jsonl", LINE + "}\n{\n", "metrics.jsonl, line 2: cannot be read (Expecting"),
         ("metrics.jsonl", "\n", "metrics.jsonl, line 1: cannot be read (Expecting"),
         ("metrics.jsonl", "3\n", "line 1: cannot be read (no object with a kind)"),

@@ -38,6 +38,7 @@ def write(folder, config, facts=None):
 
 def test_another_config(tmp_path):
     write(tmp_path / "run", Config())
+    (tmp_path / "run" / "checkpoints").mkdir()
     workdirs.check(tmp_path / "run", Config(workdir=tmp_path, run=RunConfig(7, 1.0, 5, "skip")))
     before = contents(tmp_path)
     for refuse in (workdirs.check, lambda folder, config: write(folder, config)):
