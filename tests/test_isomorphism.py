@@ -1,5 +1,7 @@
 """Which architectures are the same."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -32,6 +34,32 @@ def test_the_small_space():
     every = isomorphism.choices(5, 4)
     for number in (0, 1, 500, 1023):
         assert canonical(every[number], edges, primitives) == forms[class_of[number]]
+
+
+def test_classes_are_those_of_what_is_computed():
+    """Of every way to give five sets of parameters to the edges, the outputs, in whatever order."""
+    edges, primitives = nasbench201_small.EDGES, nasbench201_small.PRIMITIVES
+    orders = np.array(list(itertools.permutations(range(5))))
+    slopes = np.random.default_rng(0).uniform(0.5, 2, (len(primitives), 5, 2))
+
+    def outputs(choice):
+        states = [np.ones(len(orders)), *[None] * 3]  # None: nothing enters
+        for e, (source, destination) in sorted(enumerate(edges), key=lambda edge: edge[1]):
+            x, name = states[source], primitives[choice[e]]
+            if name == "none" or x is None:
+                continue
+            if name != "skip_connect":
+                inner, outer = slopes[choice[e], orders[:, e]].T
+                x = outer * np.sin(inner * x)
+            before = states[destination]
+            states[destination] = x if before is None else before + x
+        last = np.zeros(len(orders)) if states[-1] is None else states[-1]
+        return tuple(np.sort(last).round(9) + 0.0)
+
+    found = [outputs(choice) for choice in isomorphism.choices(5, 4).tolist()]
+    numbers: dict = {}
+    expected = [numbers.setdefault(own, len(numbers)) for own in found]
+    np.testing.assert_array_equal(isomorphism.classes(edges, primitives)[1], expected)
 
 
 SAME = [
