@@ -65,7 +65,7 @@ def conjugate_gradient(
     @jax.jit
     def solve(w, alpha, batch, gradient, opt_state, v):
         _require_symmetric(inner_optimizer, w)
-        u, _ = transposed_update(gradient, opt_state, w, v)
+        u = transposed_update(gradient, opt_state, w, v)
         moves = optax.tree.norm(u) > 0  # if not, the system is singular, and any q is as good
         flat, unravel = ravel_pytree(v)  # the solver needs one dtype
 

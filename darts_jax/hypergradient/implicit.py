@@ -23,7 +23,12 @@ from darts_jax.hypergradient.problem import (
     make_estimate,
     value_and_grad,
 )
-from darts_jax.hypergradient.products import hessian_product, mixed_product, pull_back
+from darts_jax.hypergradient.products import (
+    hessian_product,
+    mixed_product,
+    pull_back,
+    pull_back_to_both,
+)
 
 # (w, alpha, train_batch, grad_w L_train, opt_state, v) -> q
 Solve = Callable[[PyTree, PyTree, PyTree, PyTree, optax.OptState, PyTree], PyTree]
@@ -112,7 +117,7 @@ def at_fixed_point(
         train, (gradient, _) = train_gradient(w, alpha, train_batch)
         val, (v, direct) = validate(w, alpha, val_batch)
         q = solve(w, alpha, train_batch, gradient, opt_state, v)
-        u, _ = transposed_update(gradient, opt_state, w, q)
+        u = transposed_update(gradient, opt_state, w, q)
         return make_estimate(val, direct, product(w, alpha, train_batch, u), train)
 
     return estimate
@@ -123,7 +128,7 @@ def transposed_change(
 ) -> Solve:
     """`(w, alpha, batch, gradient, opt_state, p) -> (J - I)^T p`, with damping added to H_ww."""
     hessian = hessian_product(problem.train_loss, problem.has_aux)
-    transposed_update = pull_back(optimizer)
+    transposed_update = pull_back_to_both(optimizer)
 
     def product(w, alpha, batch, gradient, opt_state, p):
         u, through_w = transposed_update(gradient, opt_state, w, p)

@@ -75,8 +75,8 @@ def inner_step(optimizer: optax.GradientTransformation) -> Callable[..., PyTree]
     return inner_step
 
 
-def pull_back(optimizer: optax.GradientTransformation) -> Callable[..., tuple[PyTree, PyTree]]:
-    """`(gradient, opt_state, w, v) -> ((dupdate/dgradient)^T v, (dupdate/dw)^T v)`.
+def pull_back(optimizer: optax.GradientTransformation) -> Callable[..., PyTree]:
+    """`(gradient, opt_state, w, v) -> (dupdate/dgradient)^T v`.
 
     Of the update, not of w + update: v would swallow the digits of a small rate times v.
 
@@ -86,15 +86,38 @@ def pull_back(optimizer: optax.GradientTransformation) -> Callable[..., tuple[Py
 
     @jax.jit
     def pull_back(gradient, opt_state, w, v):
-        require_state_of(optimizer, opt_state, w)
-
-        def update(gradient, w):
-            updates, _ = optimizer.update(gradient, opt_state, w)
-            return jax.tree.map(lambda u, w: jnp.asarray(u, w.dtype), updates, w)
-
-        return jax.vjp(update, gradient, w)[1](v)
+        update = _update_of(optimizer, opt_state, w)
+        (u,) = jax.vjp(lambda gradient: update(gradient, w), gradient)[1](v)
+        return u
 
     return pull_back
+
+
+def pull_back_to_both(
+    optimizer: optax.GradientTransformation,
+) -> Callable[..., tuple[PyTree, PyTree]]:
+    """`(gradient, opt_state, w, v) -> ((dupdate/dgradient)^T v, (dupdate/dw)^T v)`.
+
+    Raises:
+      ValueError: as `inner_step` does.
+    """
+
+    @jax.jit
+    def pull_back_to_both(gradient, opt_state, w, v):
+        return jax.vjp(_update_of(optimizer, opt_state, w), gradient, w)[1](v)
+
+    return pull_back_to_both
+
+
+def _update_of(optimizer: optax.GradientTransformation, opt_state: optax.OptState, w: PyTree):
+    """`(gradient, w) -> update`, in the dtypes of w."""
+    require_state_of(optimizer, opt_state, w)
+
+    def update(gradient, w):
+        updates, _ = optimizer.update(gradient, opt_state, w)
+        return jax.tree.map(lambda u, w: jnp.asarray(u, w.dtype), updates, w)
+
+    return update
 
 
 def require_state_of(

@@ -100,7 +100,7 @@ def through_one_step(
         train, (gradient, alpha_gradient) = train_gradient(w, alpha, train_batch)
         w_prime = step(gradient, opt_state, w)
         val, (v, direct) = validate(w_prime, alpha, val_batch)
-        u, _ = transposed_update(gradient, opt_state, w, v)
+        u = transposed_update(gradient, opt_state, w, v)
         implicit = product(w, alpha, train_batch, u, alpha_gradient)
         return make_estimate(val, direct, implicit, train)
 
