@@ -77,10 +77,9 @@ def moments(y: Array) -> Moments:
 
 def normalize(y: Array, stats: Moments) -> Array:
     """Batch norm without scale and shift: (y - mean) / sqrt(var + 1e-5)."""
-    factors = inverse_root(stats.var, EPSILON)
-    if not native.preferred(y.dtype):
-        return (y - stats.mean) * factors
-    factor, own = copies(factors, 2)
+    if y.ndim < 4 or not native.preferred(y.dtype):  # kernels are for images
+        return (y - stats.mean) * lax.rsqrt(stats.var + EPSILON)
+    factor, own = copies(inverse_root(stats.var, EPSILON), 2)
     shape = jnp.broadcast_shapes(stats.mean.shape, y.shape[3:])
     shift = jnp.broadcast_to(polynomial((-1.0, (stats.mean, own))), shape)
     return mix([y], [jnp.broadcast_to(factor, shape)], shift)

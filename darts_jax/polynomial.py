@@ -6,6 +6,7 @@ which XLA compiles one by one, longer than all else.
 
 import math
 from collections import Counter
+from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def inverse_root(x: Array, epsilon: float) -> Array:
 
 
 def _terms(coefficients, lengths, places) -> list[tuple[float, tuple[int, ...]]]:
-    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    ends = accumulate(lengths)
     own = [places[end - length : end] for end, length in zip(ends, lengths, strict=True)]
     return list(zip(coefficients, own, strict=True))
 
@@ -71,7 +72,7 @@ def _jvp(primals, tangents, **params):
         for j, place in enumerate(places)
         if type(tangents[place]) is not ad.Zero
     ]
-    return out, polynomial(*terms) if terms else ad.Zero(jax.typeof(out).to_tangent_aval())
+    return out, polynomial(*terms)
 
 
 def _transpose(ct, *args, **params):

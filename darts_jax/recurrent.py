@@ -26,6 +26,7 @@ from darts_jax.genotype import RecurrentGenotype
 from darts_jax.operations import (
     EPSILON,
     Moments,
+    batch_norm,
     relu,
     unbiased,
     update_running,
@@ -128,9 +129,7 @@ def relaxed(
         if train:
             s, batch = _standardize(s)
             return s, update_running(running, batch)
-        wide = s.astype(jnp.promote_types(s.dtype, jnp.float32))
-        normalized = (wide - running.mean) * lax.rsqrt(running.var + EPSILON)
-        return normalized.astype(s.dtype), running
+        return batch_norm(s, running)[0], running
 
     # Computed again for its gradient: to keep what is in it for all times takes longer.
     @partial(jax.checkpoint, prevent_cse=False)

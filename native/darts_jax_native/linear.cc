@@ -1,4 +1,5 @@
-// Arrays cut along their first axis or put together, for XLA's FFI. They are kernels for the sake of compilation: a search has hundreds of each, which XLA compiles one by one.
+// Arrays cut along their first axis or put together, for XLA's FFI. They are kernels for the sake of
+// compilation: a search has hundreds of each, which XLA compiles one by one.
 
 #include <cstring>
 
