@@ -92,11 +92,6 @@ ad.primitive_jvps[_copies_p] = lambda primals, tangents, *, count: (
     _copies_p.bind(*primals, count=count),
     _copies_p.bind(*tangents, count=count),
 )
-
-
-def _copies_transpose(cts, x, *, count):
-    nonzero = [ct for ct in cts if type(ct) is not ad.Zero]
-    return [add(*nonzero) if nonzero else None]
-
-
-ad.primitive_transposes[_copies_p] = _copies_transpose
+ad.primitive_transposes[_copies_p] = lambda cts, x, *, count: [
+    add(*(ct for ct in cts if type(ct) is not ad.Zero))
+]

@@ -84,13 +84,6 @@ def test_parts_that_are_not_used():
     np.testing.assert_array_equal(found, jnp.cos(x))
 
 
-def test_copies_of_which_none_is_used():
-    """A transposed program may still hold them."""
-    (x,) = derivatives.draw(0, (6, 3))
-    (found,) = jax.linear_transpose(lambda x: (copies(x, 2), 3 * x)[1], x)(x)
-    np.testing.assert_array_equal(found, 3 * x)
-
-
 @each
 def test_of_one_argument_alone(function, reference, shapes):
     """The others are constant: their tangents are zeros that nobody made."""
